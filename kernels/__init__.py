@@ -1,0 +1,1 @@
+"""The operations of the model, one per file: plain reference, fast path, one public function."""

@@ -1,0 +1,1 @@
+"""The commands of the `openv4` console script."""

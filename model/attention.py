@@ -1,0 +1,143 @@
+"""Hybrid attention: one module for its three kinds (SWA: window only, CSA: + selected entries, HCA: + all entries).
+
+Shapes: B batch, T tokens, D hidden, H heads, C head dim, N compressed entries, G output groups.
+Source: recipe 2; paper 2.3; the official inference code where the two disagree.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.attention import hybrid_attention
+from ..kernels.compressor import compress
+from ..kernels.documents import Blocks, Documents, find_blocks, find_documents
+from ..kernels.indexer import index_scores, select_top_k
+from ..kernels.norm import at_least_fp32, rms_norm
+from ..kernels.rope import apply_rope, rope_frequencies, rope_table
+from .config import ModelConfig
+from .layers import Linear, RMSNorm
+
+RopeTable = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Everything about a batch that depends on where its tokens stand; built once, shared by all layers."""
+
+    documents: Documents
+    window_start: Tensor  # [B, T] first token in each token's window
+    window_rope: RopeTable  # for layers without compression
+    compressed_rope: RopeTable  # for layers with compression: other base, YaRN
+    blocks: dict[int, Blocks]  # by compression ratio
+    entry_rope: dict[int, RopeTable]  # by ratio: at the first token of each entry's own block
+
+    @classmethod
+    def of(cls, config: ModelConfig, segments: Tensor, positions: Tensor | None = None) -> "Geometry":
+        """From ``segments [B, T]``; ``positions [B, T]`` default to each token's place in its document."""
+        documents = find_documents(segments)
+        if positions is None:
+            positions = documents.position
+        index = torch.arange(segments.shape[1], device=segments.device)
+        yarn = config.rope_scaling
+        plain = rope_frequencies(config.qk_rope_head_dim, config.rope_theta)
+        scaled = rope_frequencies(
+            config.qk_rope_head_dim,
+            config.compress_rope_theta,
+            *((yarn.factor, yarn.original_max_position_embeddings, yarn.beta_fast, yarn.beta_slow) if yarn else ()),
+        )
+        ratios = sorted(set(config.compress_ratios) - {0})
+        blocks = {ratio: find_blocks(documents, ratio) for ratio in ratios}
+        return cls(
+            documents,
+            torch.maximum(documents.first, index - (config.sliding_window - 1)),
+            rope_table(positions, plain),
+            rope_table(positions, scaled),
+            blocks,
+            {ratio: rope_table(positions.gather(1, blocks[ratio].start), scaled) for ratio in ratios},
+        )
+
+
+class Compressor(nn.Module):
+    """Turns every ``ratio`` tokens of a document into one key/value entry ``[B, N, dim]`` (recipe 2.2)."""
+
+    def __init__(self, config: ModelConfig, dim: int, ratio: int, overlap: bool) -> None:
+        super().__init__()
+        width = 2 * dim if overlap else dim
+        self.wkv = Linear(config.hidden_size, width)
+        self.wgate = Linear(config.hidden_size, width)
+        self.ape = nn.Parameter(torch.empty(ratio, width))  # the gate's bias by place within a block
+        self.norm = RMSNorm(dim, config.rms_norm_eps)
+        self.ratio, self.overlap = ratio, overlap
+
+    def forward(self, x: Tensor, geometry: Geometry) -> Tensor:
+        wide = at_least_fp32(x)  # pooling runs in float32, as in the official code
+        blocks = geometry.blocks[self.ratio]
+        entries = self.norm(compress(self.wkv(wide), self.wgate(wide), self.ape, blocks, self.overlap))
+        return apply_rope(entries, geometry.entry_rope[self.ratio]).to(x.dtype)
+
+
+class Indexer(nn.Module):
+    """The lightning indexer: picks the compressed entries that each query of a CSA layer attends to (recipe 2.3).
+
+    The choice is discrete, so the language-model loss sends it no gradient.
+    """
+
+    def __init__(self, config: ModelConfig, ratio: int) -> None:
+        super().__init__()
+        self.heads, self.dim, self.top_k = config.index_n_heads, config.index_head_dim, config.index_topk
+        self.wq_b = Linear(config.q_lora_rank, self.heads * self.dim)
+        self.weights_proj = Linear(config.hidden_size, self.heads)
+        self.compressor = Compressor(config, self.dim, ratio, overlap=True)
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, q_latent: Tensor, geometry: Geometry) -> Tensor:
+        """Selected entries ``[B, T, k]``, -1 for none; x ``[B, T, D]``, q_latent ``[B, T, q_lora_rank]``."""
+        q = self.wq_b(q_latent).unflatten(-1, (self.heads, self.dim))
+        q = apply_rope(q, geometry.compressed_rope)
+        weights = self.weights_proj(x) * (self.dim**-0.5 * self.heads**-0.5)
+        scores = index_scores(q, self.compressor(x, geometry), weights)
+        blocks = geometry.blocks[self.compressor.ratio]
+        return select_top_k(scores, blocks.first, blocks.end, self.top_k)
+
+
+class Attention(nn.Module):
+    """One attention layer; ``layer`` indexes ``config.compress_ratios``, an MTP block comes after the main layers."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.heads, self.dim, self.groups = config.num_attention_heads, config.head_dim, config.o_groups
+        self.ratio, self.eps = config.compress_ratios[layer], config.rms_norm_eps
+        kind = config.kinds[layer]
+        self.attn_sink = nn.Parameter(torch.empty(self.heads))
+        self.wq_a = Linear(config.hidden_size, config.q_lora_rank)
+        self.q_norm = RMSNorm(config.q_lora_rank, self.eps)
+        self.wq_b = Linear(config.q_lora_rank, self.heads * self.dim)
+        self.wkv = Linear(config.hidden_size, self.dim)
+        self.kv_norm = RMSNorm(self.dim, self.eps)
+        self.wo_a = Linear(self.heads * self.dim // self.groups, self.groups * config.o_lora_rank)
+        self.wo_b = Linear(self.groups * config.o_lora_rank, config.hidden_size)
+        self.compressor = Compressor(config, self.dim, self.ratio, kind == "csa") if self.ratio else None
+        self.indexer = Indexer(config, self.ratio) if kind == "csa" else None
+
+    def forward(self, x: Tensor, geometry: Geometry, dense: bool = False) -> tuple[Tensor, Tensor]:
+        """Output ``[B, T, D]`` and the sink's share of each softmax ``[B, T, H]`` (detached).
+
+        ``dense`` makes a CSA layer attend to every visible entry instead of the indexer's choice.
+        """
+        rope = geometry.compressed_rope if self.ratio else geometry.window_rope
+        q_latent = self.q_norm(self.wq_a(x))
+        q = self.wq_b(q_latent).unflatten(-1, (self.heads, self.dim))
+        q = apply_rope(rms_norm(q, eps=self.eps), rope)
+        kv = apply_rope(self.kv_norm(self.wkv(x)), rope)
+        entries = blocks = selected = None
+        if self.compressor is not None:
+            entries, blocks = self.compressor(x, geometry), geometry.blocks[self.ratio]
+            if self.indexer is not None and not dense:
+                selected = self.indexer(x, q_latent, geometry)
+        out, denominator = hybrid_attention(q, kv, self.attn_sink, geometry.window_start, entries, blocks, selected)
+        out = apply_rope(out, rope, inverse=True)
+        grouped = out.flatten(2).unflatten(2, (self.groups, -1))  # [B, T, G, H C / G]
+        low_rank = self.wo_a.weight.to(x.dtype).unflatten(0, (self.groups, -1))  # [G, o_lora_rank, H C / G]
+        out = torch.einsum("btgi,gri->btgr", grouped, low_rank)
+        return self.wo_b(out.flatten(2)), (self.attn_sink - denominator).detach().exp()

@@ -1,0 +1,223 @@
+"""The architecture's numbers: read from a preset or from a released ``config.json``, checked once, never changed."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+AttentionKind = Literal["swa", "csa", "hca"]
+
+# transformers' names of the three attention kinds
+LAYER_TYPES: dict[str, AttentionKind] = {
+    "sliding_attention": "swa",
+    "compressed_sparse_attention": "csa",
+    "heavily_compressed_attention": "hca",
+}
+
+
+class ModelConfigError(ValueError):
+    """A model configuration that cannot be built; the message names the key, the value and the way out."""
+
+
+@dataclass(frozen=True)
+class YarnConfig:
+    """YaRN of the compressed layers' rotary embedding (recipe 2.1); no attention scaling goes with it."""
+
+    factor: float = 16.0
+    original_max_position_embeddings: int = 65536
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shapes and constants of a DeepSeek-V4 model, under the key names of the released ``config.json``.
+
+    Defaults that are not sizes are those of DeepSeek-V4-Flash (recipe 1).
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    head_dim: int
+    qk_rope_head_dim: int
+    q_lora_rank: int
+    o_groups: int
+    o_lora_rank: int
+    compress_ratios: tuple[int, ...]  # one per layer, then one per MTP block: 0 = window only
+    n_routed_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    index_n_heads: int
+    index_head_dim: int
+    index_topk: int
+    # Attention kind of each layer in transformers' names; empty: ratio 0 is a window, 4 is CSA, any other is HCA.
+    layer_types: tuple[str, ...] = ()
+    sliding_window: int = 128
+    n_shared_experts: int = 1
+    num_hash_layers: int = 3
+    routed_scaling_factor: float = 1.5
+    swiglu_limit: float = 10.0
+    hc_mult: int = 4
+    hc_sinkhorn_iters: int = 20
+    hc_eps: float = 1e-6
+    num_nextn_predict_layers: int = 1
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    compress_rope_theta: float = 160000.0
+    rope_scaling: YarnConfig | None = None
+    max_position_embeddings: int = 1048576
+    bos_token_id: int = 0
+    eos_token_id: int = 1
+    # The released config says 0.02, V3's report 0.006; the true value is not published (recipe 1).
+    initializer_range: float = 0.006
+    # Static mHC biases are not published (recipe 4). "zero" starts with streams averaged at every site, "identity"
+    # with each stream kept to itself.
+    hc_init: Literal["zero", "identity"] = "zero"
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and value < (0 if field.name in _MAY_BE_ZERO else 1):
+                raise ModelConfigError(f"model.{field.name}={value} must be positive")
+        blocks = self.num_hidden_layers + self.num_nextn_predict_layers
+        ratios, types = self.compress_ratios, self.layer_types
+        if len(ratios) == self.num_hidden_layers:  # an MTP block is window-only unless said otherwise
+            object.__setattr__(self, "compress_ratios", (*ratios, *(0,) * self.num_nextn_predict_layers))
+        elif len(ratios) != blocks:
+            raise ModelConfigError(
+                f"model.compress_ratios has {len(ratios)} entries; give one for each of the {self.num_hidden_layers} "
+                f"layers and of the {self.num_nextn_predict_layers} MTP blocks"
+            )
+        if types and len(types) == self.num_hidden_layers:
+            object.__setattr__(self, "layer_types", (*types, *("sliding_attention",) * self.num_nextn_predict_layers))
+        for layer, kind in enumerate(self.layer_types):
+            if kind not in LAYER_TYPES:
+                raise ModelConfigError(f"model.layer_types[{layer}]={kind!r}: choose from {', '.join(LAYER_TYPES)}")
+            if (LAYER_TYPES[kind] == "swa") != (self.compress_ratios[layer] == 0):
+                raise ModelConfigError(
+                    f"model.layer_types[{layer}]={kind!r} does not go with compress_ratios[{layer}]="
+                    f"{self.compress_ratios[layer]}: 0 is for sliding_attention, and only for it"
+                )
+        self._require(all(r >= 0 for r in self.compress_ratios), "compress_ratios", "must not be negative")
+        self._require(self.num_attention_heads % self.o_groups == 0, "o_groups", "must divide num_attention_heads")
+        self._require(self.num_experts_per_tok <= self.n_routed_experts, "num_experts_per_tok", "exceeds the experts")
+        self._require(self.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", "must be even")
+        self._require(self.qk_rope_head_dim <= self.head_dim, "qk_rope_head_dim", "exceeds head_dim")
+        if "csa" in self.kinds:
+            self._require(self.qk_rope_head_dim <= self.index_head_dim, "index_head_dim", "is below qk_rope_head_dim")
+        self._require(self.n_shared_experts == 1, "n_shared_experts", "must be 1, as in every V4")
+        self._require(self.num_nextn_predict_layers <= 1, "num_nextn_predict_layers", "must be 0 or 1")
+        self._require(self.hc_init in ("zero", "identity"), "hc_init", "must be zero or identity")
+
+    def _require(self, holds: bool, key: str, why: str) -> None:
+        if not holds:
+            raise ModelConfigError(f"model.{key}={getattr(self, key)} {why}")
+
+    @property
+    def kinds(self) -> tuple[AttentionKind, ...]:
+        """Attention kind of each block, MTP block last."""
+        if self.layer_types:
+            return tuple(LAYER_TYPES[t] for t in self.layer_types)
+        return tuple("swa" if r == 0 else "csa" if r == 4 else "hca" for r in self.compress_ratios)
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> "ModelConfig":
+        """Reads a ``config.json`` in the released form or as transformers writes it (or a folder that holds one)."""
+        path = Path(path)
+        path = path / "config.json" if path.is_dir() else path
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ModelConfigError(f"{path}: no such file; name a config.json or a folder that holds one") from None
+        except ValueError as error:
+            raise ModelConfigError(f"{path}: not a JSON file ({error})") from None
+        try:
+            return cls.from_dict(values)
+        except ModelConfigError as error:
+            raise ModelConfigError(f"{path}: {error}") from None
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "ModelConfig":
+        """From the parsed ``config.json``; keys that say nothing about the architecture are ignored."""
+        _refuse_other_architectures(values)
+        known = {field.name for field in fields(cls)}
+        mine = {key: value for key, value in values.items() if key in known and value is not None}
+        layers = int(values.get("num_hidden_layers", 0))
+        rope = values.get("rope_parameters") or {}
+        scaling = values.get("rope_scaling") or rope.get("compress") or rope
+        mine["rope_scaling"] = _yarn(scaling)
+        if "compress" in rope:
+            mine["compress_rope_theta"] = rope["compress"].get("rope_theta", cls.compress_rope_theta)
+            mine["rope_theta"] = rope.get("main", {}).get("rope_theta", cls.rope_theta)
+        if "qk_rope_head_dim" not in mine and "head_dim" in mine:
+            mine["qk_rope_head_dim"] = int(mine["head_dim"] * values.get("partial_rotary_factor", 0.125))
+        if "mlp_layer_types" in values:
+            mine["num_hash_layers"] = sum(kind == "hash_moe" for kind in values["mlp_layer_types"][:layers])
+        types = values.get("layer_types") or ()
+        if "compress_ratios" not in values and types:
+            rates = {"compressed_sparse_attention": 4, "heavily_compressed_attention": 128}
+            rates.update(values.get("compress_rates") or {})
+            mine["compress_ratios"] = [rates.get(kind, 0) for kind in types]
+        mine["compress_ratios"] = tuple(mine.get("compress_ratios", ()))
+        mine["layer_types"] = tuple(types)
+        try:
+            return cls(**mine)
+        except TypeError as error:
+            raise ModelConfigError(f"not a complete DeepSeek-V4 config: {error}") from None
+
+    def to_json(self) -> dict[str, Any]:
+        """The ``config.json`` of an export: released keys, and the keys transformers needs for other ratios."""
+        values = {k: v for k, v in asdict(self).items() if k not in ("rope_scaling", "layer_types", "hc_init")}
+        names = {kind: name for name, kind in LAYER_TYPES.items()}
+        kinds, ratios = self.kinds, self.compress_ratios
+        rates = {names[kind]: ratio for kind, ratio in zip(kinds, ratios, strict=True) if ratio}
+        values |= {
+            "architectures": ["DeepseekV4ForCausalLM"],
+            "model_type": "deepseek_v4",
+            "num_key_value_heads": 1,
+            "hidden_act": "silu",
+            "scoring_func": "sqrtsoftplus",
+            "topk_method": "noaux_tc",
+            "norm_topk_prob": True,
+            "tie_word_embeddings": False,
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "compress_ratios": list(ratios),
+            "layer_types": [names[kind] for kind in kinds[: self.num_hidden_layers]],
+            "compress_rates": rates,
+        }
+        if self.rope_scaling:
+            values["rope_scaling"] = {"type": "yarn", "rope_type": "yarn", **asdict(self.rope_scaling)}
+        return values
+
+
+_MAY_BE_ZERO = ("num_hash_layers", "num_nextn_predict_layers", "bos_token_id", "eos_token_id")
+
+# What other models under a similar config would ask for, and this code does not do.
+_FIXED = {
+    "model_type": "deepseek_v4",
+    "scoring_func": "sqrtsoftplus",
+    "norm_topk_prob": True,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "num_key_value_heads": 1,
+}
+
+
+def _refuse_other_architectures(values: Mapping[str, Any]) -> None:
+    for key, wanted in _FIXED.items():
+        if values.get(key, wanted) != wanted:
+            raise ModelConfigError(f"{key}={values[key]!r} is not DeepSeek-V4, which has {key}={wanted!r}")
+
+
+def _yarn(scaling: Mapping[str, Any]) -> YarnConfig | None:
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind != "yarn":
+        raise ModelConfigError(f"rope_scaling of type {kind!r}: DeepSeek-V4 has yarn or none")
+    return YarnConfig(**{f.name: scaling[f.name] for f in fields(YarnConfig) if scaling.get(f.name) is not None})

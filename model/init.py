@@ -1,0 +1,83 @@
+"""Initial weights: one table of distributions, one function that applies it.
+
+Every tensor draws from its own generator, seeded by the run's seed and the tensor's name, so that a weight does not
+depend on the order of construction, the device, or how a model is spread over ranks.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .config import ModelConfig
+from .transformer import Transformer
+
+
+def _zeros(tensor: Tensor, config: ModelConfig, generator: torch.Generator) -> None:
+    tensor.zero_()
+
+
+def _ones(tensor: Tensor, config: ModelConfig, generator: torch.Generator) -> None:
+    tensor.fill_(1.0)
+
+
+def _gate_of_mixing(tensor: Tensor, config: ModelConfig, generator: torch.Generator) -> None:
+    tensor.fill_(0.01)
+
+
+def _normal(tensor: Tensor, config: ModelConfig, generator: torch.Generator) -> None:
+    drawn = torch.empty(tensor.shape, dtype=torch.float32).normal_(0.0, config.initializer_range, generator=generator)
+    tensor.copy_(drawn)
+
+
+def _mixing_base(tensor: Tensor, config: ModelConfig, generator: torch.Generator) -> None:
+    tensor.zero_()
+    if config.hc_init == "identity":
+        count = config.hc_mult
+        tensor[:count] = -math.log(count - 1.0) if count > 1 else 4.0  # sigmoid gives 1 / count: the mean of the streams
+        # Sinkhorn of 4 on the diagonal and 0 elsewhere keeps about nine tenths of each stream to itself.
+        tensor[2 * count :] = 4.0 * torch.eye(count).flatten()
+
+
+def _hash_table(tensor: Tensor, config: ModelConfig, generator: torch.Generator) -> None:
+    """Distinct experts for each token id, each expert used equally often (to one). V4's own table is not published."""
+    experts, width = config.n_routed_experts, tensor.shape[1]
+    pool = torch.empty(0, dtype=torch.long)
+    drawn = []
+    for _ in range(tensor.shape[0]):
+        if len(pool) < width:
+            # What is left of the last shuffle goes first, and to the end of the next: a row never repeats an expert.
+            fresh = torch.randperm(experts, generator=generator)
+            pool = torch.cat((pool, fresh[~torch.isin(fresh, pool)], pool))
+        drawn.append(pool[:width])
+        pool = pool[width:]
+    tensor.copy_(torch.stack(drawn))
+
+
+Distribution = Callable[[Tensor, ModelConfig, torch.Generator], None]
+
+# First matching ending wins. Sources: recipe 1 (std), 4 (mHC); what no report states is zero, the neutral choice.
+DISTRIBUTIONS: dict[str, Distribution] = {
+    "norm.weight": _ones,
+    "attn_sink": _zeros,
+    ".ape": _zeros,
+    "gate.bias": _zeros,
+    "gate.tid2eid": _hash_table,
+    "hc_head_scale": _gate_of_mixing,
+    "hc_head_base": _zeros,
+    "_scale": _gate_of_mixing,
+    "_base": _mixing_base,
+    "": _normal,
+}
+
+
+@torch.no_grad()
+def init_weights(model: Transformer, seed: int = 0) -> None:
+    """Fills every parameter and buffer of ``model`` (which must not be on the meta device)."""
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+        draw = next(draw for ending, draw in DISTRIBUTIONS.items() if name.endswith(ending))
+        draw(tensor, model.config, generator)

@@ -1,0 +1,114 @@
+"""The training losses, as sums and counts, so that they add up over micro-batches and ranks.
+
+Shapes: B batch, T tokens, V vocabulary, E experts.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels.cross_entropy import IGNORED, linear_cross_entropy
+from .transformer import AttentionMode, BlockReport, Transformer
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What the loss sums of a batch are divided by, 0-dim int64 tensors."""
+
+    main: Tensor  # tokens with a next token in their document
+    mtp: Tensor  # tokens with a next but one
+    valid: Tensor  # tokens that are not padding
+
+    @classmethod
+    def of(cls, segments: Iterable[Tensor]) -> "Counts":
+        """Over all ``[B, T]`` micro-batches of a step."""
+        counts = [[(shifted_targets(s, s, n) != IGNORED).sum() for n in (1, 2)] + [(s >= 0).sum()] for s in segments]
+        return cls(*(torch.stack(column).sum() for column in zip(*counts, strict=True)))
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Sums over one micro-batch; the first three carry gradients."""
+
+    main: Tensor  # next-token cross-entropy, nats
+    mtp: Tensor  # cross-entropy of the token after it, nats
+    balance: Tensor  # sequence-wise balance loss times tokens, summed over layers
+    load: dict[str, Tensor]  # by block: [E] tokens per expert
+    statistics: dict[str, Tensor]  # 0-dim, detached; empty unless asked for
+
+    def total(self, counts: Counts, mtp_weight: float, balance_weight: float) -> Tensor:
+        """The scalar to differentiate: each sum over its count of the whole step (recipe 3, 9)."""
+        main = self.main / counts.main.clamp(min=1)
+        mtp = self.mtp / counts.mtp.clamp(min=1)
+        return main + mtp_weight * mtp + balance_weight * self.balance / counts.valid.clamp(min=1)
+
+
+def shifted_targets(tokens: Tensor, segments: Tensor, distance: int) -> Tensor:
+    """``[B, T]`` token at t + distance where it lies in the same document, else ``IGNORED``."""
+    targets = torch.full_like(tokens, IGNORED, dtype=torch.long)
+    if distance < tokens.shape[1]:
+        # Documents are contiguous, so equal ids at the ends of the step and no change between mean one document.
+        same = segments[:, 1:] == segments[:, :-1]
+        within = same.unfold(1, distance, 1).all(-1) & (segments[:, :-distance] >= 0)
+        targets[:, :-distance] = torch.where(within, tokens[:, distance:], IGNORED)
+    return targets
+
+
+def training_losses(
+    model: Transformer,
+    tokens: Tensor,
+    segments: Tensor,
+    attention: AttentionMode = "sparse",
+    mtp: bool = True,
+    statistics: bool = False,
+) -> Losses:
+    """Runs the model on ``tokens [B, T]`` packed as ``segments [B, T]`` says, and sums its losses."""
+    output = model.run(tokens, segments, attention=attention, mtp=mtp)
+    main = linear_cross_entropy(model.hidden(output.streams), model.head.weight, shifted_targets(tokens, segments, 1))
+    mtp_sum = main.new_zeros(())
+    if output.mtp_streams is not None:
+        hidden = model.hidden(output.mtp_streams, model.mtp[0])
+        mtp_sum = linear_cross_entropy(hidden, model.head.weight, shifted_targets(tokens, segments, 2)).sum()
+    routing = {name: report.routing for name, report in output.reports.items()}
+    return Losses(
+        main.sum(),
+        mtp_sum,
+        torch.stack([r.balance for r in routing.values()]).sum(),
+        {name: r.load for name, r in routing.items()},
+        summarize(output.reports, segments >= 0) if statistics else {},
+    )
+
+
+def token_losses(model: Transformer, tokens: Tensor, segments: Tensor, attention: AttentionMode) -> tuple[Tensor, Tensor]:
+    """For evaluation: each token's next-token cross-entropy in nats ``[B, T]``, and the targets ``[B, T]``."""
+    output = model.run(tokens, segments, attention=attention, mtp=False)
+    targets = shifted_targets(tokens, segments, 1)
+    return linear_cross_entropy(model.hidden(output.streams), model.head.weight, targets), targets
+
+
+@torch.no_grad()
+def summarize(reports: dict[str, BlockReport], valid: Tensor) -> dict[str, Tensor]:
+    """Health of the architecture's parts, 0-dim float32 tensors, means over valid tokens.
+
+    mhc/forward_gain and mhc/backward_gain are the largest row and column sum of the product of all stream mixings of a
+    token, from first site to last: how much a signal or gradient can grow on its way through the depth (recipe 13).
+    """
+    main = {name: report for name, report in reports.items() if name.startswith("layers")}
+    sites = [matrix for report in main.values() for matrix in report.residuals]
+    # residual[j, k] leads from stream j to stream k, so the product in order of depth maps input j to output k.
+    path = sites[0]
+    for matrix in sites[1:]:
+        path = path @ matrix
+    path = path[valid]
+    sink = torch.stack([report.sink[valid].mean() for report in main.values()])
+    clamped = torch.stack([report.routing.clamped for report in reports.values()])
+    return {
+        "mhc/forward_gain": path.sum(1).amax(-1).mean(),  # into one output stream
+        "mhc/backward_gain": path.sum(2).amax(-1).mean(),  # into one input stream
+        "attn/sink_mass": sink.mean(),
+        "attn/sink_mass_max": sink.max(),
+        "stability/clamp_rate": clamped.mean(),
+    }

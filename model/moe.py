@@ -1,0 +1,129 @@
+"""Mixture of experts: a router (hash or learned), routed experts, one shared expert.
+
+Shapes: B batch, T tokens, M = B T, D hidden, E experts, K experts per token, F expert intermediate. Source: recipe 3.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.moe import clamp_hits, clamped_swiglu, expert_weights, routed_experts, router_scores, top_experts
+from .config import ModelConfig
+from .layers import Linear
+
+
+class Routing(NamedTuple):
+    """What a MoE layer reports about one batch."""
+
+    load: Tensor  # [E] int64: valid tokens that chose each expert
+    balance: Tensor  # 0-dim: sequence-wise balance loss times tokens, summed over documents; 0 for hash layers
+    clamped: Tensor  # 0-dim: share of SwiGLU inputs clamped in routed and shared experts
+
+
+class Gate(nn.Module):
+    """Chooses K experts per token and weighs them. A hash layer chooses by token id, its weights are learned all
+    the same; a learned layer chooses by score plus ``bias``, which the trainer moves to even out the load."""
+
+    def __init__(self, config: ModelConfig, hash_routed: bool) -> None:
+        super().__init__()
+        self.top_k, self.scale = config.num_experts_per_tok, config.routed_scaling_factor
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        self.bias: Tensor | None
+        self.tid2eid: Tensor | None
+        table = torch.empty(config.vocab_size, self.top_k, dtype=torch.long) if hash_routed else None
+        self.register_buffer("tid2eid", table)
+        self.register_buffer("bias", None if hash_routed else torch.empty(config.n_routed_experts))
+
+    def forward(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Expert ids ``[M, K]``, their weights ``[M, K]`` and all scores ``[M, E]``; x ``[M, D]``, tokens ``[M]``."""
+        scores = router_scores(x, self.weight)
+        if self.tid2eid is not None:
+            ids = self.tid2eid[tokens]
+        else:
+            assert self.bias is not None
+            ids = top_experts(scores.detach() + self.bias, self.top_k)
+        return ids, expert_weights(scores, ids, self.scale), scores
+
+
+class Experts(nn.Module):
+    """The weights of all routed experts, stacked: w1 (gate), w3 (up) ``[E, F, D]``, w2 (down) ``[E, D, F]``."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        experts, hidden, inner = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.w1 = nn.Parameter(torch.empty(experts, inner, hidden))
+        self.w2 = nn.Parameter(torch.empty(experts, hidden, inner))
+        self.w3 = nn.Parameter(torch.empty(experts, inner, hidden))
+        self.limit = config.swiglu_limit
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        return routed_experts(x, ids, weights, self.w1, self.w3, self.w2, self.limit)
+
+
+class SharedExpert(nn.Module):
+    """The expert that every token passes through; clamped like the routed ones (recipe 3)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.w1 = Linear(config.hidden_size, config.moe_intermediate_size)
+        self.w2 = Linear(config.moe_intermediate_size, config.hidden_size)
+        self.w3 = Linear(config.hidden_size, config.moe_intermediate_size)
+        self.limit = config.swiglu_limit
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = self.w1(x), self.w3(x)
+        hidden = clamped_swiglu(gate, up, self.limit).to(x.dtype)
+        return self.w2(hidden), clamp_hits(gate.detach(), up.detach(), self.limit)
+
+
+class MoE(nn.Module):
+    """Routed experts plus the shared expert, ``[B, T, D]`` to ``[B, T, D]``."""
+
+    def __init__(self, config: ModelConfig, hash_routed: bool) -> None:
+        super().__init__()
+        self.gate = Gate(config, hash_routed)
+        self.experts = Experts(config)
+        self.shared_experts = SharedExpert(config)
+
+    def forward(self, x: Tensor, tokens: Tensor, first: Tensor, valid: Tensor) -> tuple[Tensor, Routing]:
+        """``tokens [B, T]`` for hash routing; ``first`` and ``valid`` ``[B, T]`` bound the documents (statistics)."""
+        flat = x.flatten(0, 1)
+        ids, weights, scores = self.gate(flat, tokens.flatten())
+        routed, routed_clamped = self.experts(flat, ids, weights)
+        shared, shared_clamped = self.shared_experts(flat)
+        counted = valid.flatten()
+        load = torch.bincount(ids[counted].flatten(), minlength=scores.shape[1])
+        share = self.gate.top_k / (self.gate.top_k + 1)
+        clamped = routed_clamped * share + shared_clamped * (1 - share)
+        if self.gate.tid2eid is None:
+            balance = balance_loss(scores.view(*tokens.shape, -1), first, valid, self.gate.top_k)
+        else:
+            balance = scores.new_zeros(())
+        output = (routed + shared).to(x.dtype).view_as(x)
+        return output, Routing(load, balance, clamped)
+
+
+def balance_loss(scores: Tensor, first: Tensor, valid: Tensor, top_k: int) -> Tensor:
+    """Sequence-wise balance loss of each document times its tokens, summed over the documents, 0-dim.
+
+    For a document of n tokens, sum_e f_e P_e with f_e = E / (K n) * #(tokens whose K best scores include e) and
+    P_e = mean_t s[t, e] / sum_j s[t, j] (V3's formula, best scores without the selection bias; recipe 3). Weighting by
+    tokens makes rows of one document the mean over sequences; under packing nothing is published.
+
+    Args:
+        scores: ``[B, T, E]``; first: ``[B, T]`` first token of each token's document; valid: ``[B, T]``.
+    """
+    batch, length, experts = scores.shape
+    row = torch.arange(batch, device=scores.device).unsqueeze(1)
+    document = (first + row * length)[valid]  # a document's id is the flat index of its first token
+    used, document = document.unique(return_inverse=True)
+    scores = scores[valid]  # [tokens, E]
+    chosen = torch.zeros_like(scores).scatter(1, top_experts(scores.detach(), top_k), 1.0)
+    probability = scores / scores.sum(-1, keepdim=True)
+    size = scores.new_zeros(len(used)).index_add(0, document, torch.ones_like(document, dtype=scores.dtype))
+    per_document = scores.new_zeros(len(used), experts)
+    times = per_document.index_add(0, document, chosen)
+    mass = per_document.index_add(0, document, probability)
+    # n * (E / (K n)) * times * (mass / n)
+    return ((times * mass).sum(-1) / size).sum() * (experts / top_k)

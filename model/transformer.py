@@ -1,0 +1,197 @@
+"""The DeepSeek-V4 transformer, from tokens to logits and losses. Start reading here.
+
+    embedding -> 4 residual streams -> [mHC(attention) -> mHC(MoE)] x L -> collapse -> norm -> head
+                                                                      \\-> MTP block -> collapse -> norm -> head
+
+Parameter and buffer names are those of the released checkpoints, except that routed experts are stacked (``released.py``
+splits them). Shapes: B batch, T tokens, S streams, D hidden, V vocabulary, E experts.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels.hyper_connection import Mixing, collapse, expand, head_coefficients, mixing_coefficients
+from ..kernels.norm import at_least_fp32
+from .attention import Attention, Geometry
+from .config import ModelConfig
+from .layers import Linear, RMSNorm
+from .moe import MoE, Routing
+
+AttentionMode = Literal["dense", "sparse"]
+
+
+class BlockReport(NamedTuple):
+    """What one block tells about a batch, besides its output."""
+
+    routing: Routing
+    sink: Tensor  # [B, T, H] the sink's share of each softmax
+    residuals: tuple[Tensor, Tensor]  # [B, T, S, S] stream mixing at the attention and at the MoE site, detached
+
+
+class Output(NamedTuple):
+    """Streams after the last block and after the MTP block, and every block's report."""
+
+    streams: Tensor  # [B, T, S, D]
+    mtp_streams: Tensor | None  # [B, T, S, D]
+    reports: dict[str, BlockReport]  # by block name: "layers.0", ..., "mtp.0"
+
+
+class Block(nn.Module):
+    """Attention and MoE, each reading from and writing to the residual streams through an mHC site (recipe 4)."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        streams, hidden = config.hc_mult, config.hidden_size
+        self.config = config
+        self.attn_norm = RMSNorm(hidden, config.rms_norm_eps)
+        self.attn = Attention(config, layer)
+        self.ffn_norm = RMSNorm(hidden, config.rms_norm_eps)
+        self.ffn = MoE(config, hash_routed=layer < min(config.num_hash_layers, config.num_hidden_layers))
+        for site in ("attn", "ffn"):
+            self.register_parameter(f"hc_{site}_fn", _empty(streams * (streams + 2), streams * hidden))
+            self.register_parameter(f"hc_{site}_base", _empty(streams * (streams + 2)))
+            self.register_parameter(f"hc_{site}_scale", _empty(3))
+
+    def forward(
+        self, streams: Tensor, tokens: Tensor, geometry: Geometry, dense: bool
+    ) -> tuple[Tensor, BlockReport]:
+        mixing = self._mixing(streams, "attn")
+        output, sink = self.attn(self.attn_norm(collapse(streams, mixing.pre)), geometry, dense)
+        streams = expand(streams, output, mixing)
+        attention_residual, mixing = mixing.residual.detach(), self._mixing(streams, "ffn")
+        documents = geometry.documents
+        x = self.ffn_norm(collapse(streams, mixing.pre))
+        output, routing = self.ffn(x, tokens, documents.first, documents.valid)
+        streams = expand(streams, output, mixing)
+        return streams, BlockReport(routing, sink, (attention_residual, mixing.residual.detach()))
+
+    def _mixing(self, streams: Tensor, site: str) -> Mixing:
+        fn, base, scale = (getattr(self, f"hc_{site}_{part}") for part in ("fn", "base", "scale"))
+        c = self.config
+        return mixing_coefficients(streams, fn, base, scale, c.hc_sinkhorn_iters, c.hc_eps, c.rms_norm_eps)
+
+
+class MTPBlock(Block):
+    """Multi-token prediction: one more block, fed with the main streams and the next token's embedding (recipe 9)."""
+
+    def __init__(self, config: ModelConfig, depth: int) -> None:
+        super().__init__(config, config.num_hidden_layers + depth)
+        hidden = config.hidden_size
+        self.e_proj = Linear(hidden, hidden)
+        self.h_proj = Linear(hidden, hidden)
+        self.enorm = RMSNorm(hidden, config.rms_norm_eps)
+        self.hnorm = RMSNorm(hidden, config.rms_norm_eps)
+        self.norm = RMSNorm(hidden, config.rms_norm_eps)
+        _add_head_parameters(self, config)
+
+    def merge(self, streams: Tensor, next_embedding: Tensor) -> Tensor:
+        """Input streams ``[B, T, S, D]``: each main stream, projected, plus the embedding ``[B, T, D]`` of token t+1."""
+        return self.h_proj(self.hnorm(streams)) + self.e_proj(self.enorm(next_embedding)).unsqueeze(2)
+
+
+class Transformer(nn.Module):
+    """DeepSeek-V4. Builds on any device, meta included; ``init_weights`` or ``load_pretrained`` fills it.
+
+    ``compute_dtype`` is that of the residual streams and matrix products; None: that of the parameters.
+    """
+
+    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.config, self.compute_dtype = config, compute_dtype
+        self.embed = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size), freeze=False)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.head = Linear(config.hidden_size, config.vocab_size)
+        _add_head_parameters(self, config)
+        self.mtp = nn.ModuleList(MTPBlock(config, depth) for depth in range(config.num_nextn_predict_layers))
+
+    def forward(
+        self,
+        tokens: Tensor,
+        segments: Tensor | None = None,
+        positions: Tensor | None = None,
+        attention: AttentionMode = "sparse",
+    ) -> Tensor:
+        """Logits ``[B, T, V]`` float32.
+
+        Args:
+            tokens: ``[B, T]`` int64.
+            segments: ``[B, T]`` int, documents packed in a row, -1 for padding; None: each row is one document.
+            positions: ``[B, T]`` int, for the rotary embedding; None: they restart with each document.
+            attention: "dense" makes CSA layers attend to every visible entry, "sparse" to the indexer's choice.
+        """
+        output = self.run(tokens, segments, positions, attention, mtp=False)
+        return self.logits(output.streams)
+
+    def run(
+        self,
+        tokens: Tensor,
+        segments: Tensor | None = None,
+        positions: Tensor | None = None,
+        attention: AttentionMode = "sparse",
+        mtp: bool = True,
+    ) -> Output:
+        """Everything but the output head; arguments as in ``forward``. ``mtp`` runs the MTP block as well."""
+        if segments is None:
+            segments = torch.zeros_like(tokens)
+        geometry = Geometry.of(self.config, segments, positions)
+        dense = attention == "dense"
+        embedding = self.embed(tokens).to(self.compute_dtype or self.embed.weight.dtype)
+        streams = embedding.unsqueeze(2).expand(-1, -1, self.config.hc_mult, -1)
+        reports: dict[str, BlockReport] = {}
+        for index, block in enumerate(self.layers):
+            streams, reports[f"layers.{index}"] = block(streams, tokens, geometry, dense)
+        mtp_streams = None
+        if mtp and self.mtp:
+            (block,) = self.mtp
+            # The last token of a document has no next one: it becomes padding, and no embedding crosses the border.
+            has_next = F.pad(segments[:, 1:] == segments[:, :-1], (0, 1)) & (segments >= 0)
+            following = F.pad(embedding[:, 1:], (0, 0, 0, 1)) * has_next.unsqueeze(-1)
+            shortened = Geometry.of(self.config, segments.masked_fill(~has_next, -1), positions)
+            mtp_streams = block.merge(streams, following)
+            mtp_streams, reports["mtp.0"] = block(mtp_streams, tokens, shortened, dense)
+        return Output(streams, mtp_streams, reports)
+
+    def hidden(self, streams: Tensor, owner: nn.Module | None = None) -> Tensor:
+        """Input of the output head ``[B, T, D]``; ``owner`` (self or an MTP block) has the collapse and the norm."""
+        owner, c = owner or self, self.config
+        fn, base, scale = (getattr(owner, f"hc_head_{part}") for part in ("fn", "base", "scale"))
+        weights = head_coefficients(streams, fn, base, scale, c.hc_eps, c.rms_norm_eps)
+        norm: Callable[[Tensor], Tensor] = owner.norm  # type: ignore[assignment]
+        return norm(collapse(streams, weights))
+
+    def logits(self, streams: Tensor, owner: nn.Module | None = None) -> Tensor:
+        """Logits ``[B, T, V]``, formed in float32."""
+        return F.linear(at_least_fp32(self.hidden(streams, owner)), at_least_fp32(self.head.weight))
+
+    def row_splits(self) -> dict[str, tuple[int, ...]]:
+        """Rows of the logically independent matrices inside stacked parameters, for Muon (recipe 5)."""
+        c = self.config
+        splits: dict[str, tuple[int, ...]] = {}
+        for name, parameter in self.named_parameters():
+            rows = parameter.shape[-2] if parameter.dim() > 1 else 0
+            if name.endswith(("hc_attn_fn", "hc_ffn_fn")):
+                splits[name] = (c.hc_mult, c.hc_mult, c.hc_mult**2)
+            elif name.endswith("attn.wo_a.weight"):
+                splits[name] = (rows // c.o_groups,) * c.o_groups
+        for name, module in self.named_modules():
+            if getattr(module, "overlap", False):
+                for matrix in ("wkv", "wgate"):
+                    half = module.get_submodule(matrix).get_parameter("weight").shape[0] // 2
+                    splits[f"{name}.{matrix}.weight"] = (half, half)
+        return splits
+
+
+def _empty(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(*shape))
+
+
+def _add_head_parameters(module: nn.Module, config: ModelConfig) -> None:
+    """The weights that collapse the streams before an output head."""
+    module.register_parameter("hc_head_fn", _empty(config.hc_mult, config.hc_mult * config.hidden_size))
+    module.register_parameter("hc_head_base", _empty(config.hc_mult))
+    module.register_parameter("hc_head_scale", _empty(1))

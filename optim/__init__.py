@@ -1,0 +1,1 @@
+"""Muon, AdamW, and the schedule that drives them."""
