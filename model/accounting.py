@@ -1,0 +1,82 @@
+"""Counts of parameters and of floating-point operations, from a config alone (the model is built on the meta device)."""
+
+from dataclasses import dataclass
+
+import torch
+
+from .config import ModelConfig
+from .transformer import AttentionMode, Transformer
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Numbers of parameters; buffers (selection biases, hash tables) are not counted."""
+
+    total: int  # without the MTP block
+    active: int  # used by one token: body and head, without the embedding table and the MTP block
+    mtp: int  # of the MTP block
+    mtp_active: int
+
+
+def count_parameters(config: ModelConfig) -> ParameterCount:
+    """Total and active parameters (recipe 12: 284.33B / 13.27B for Flash, 1573.0B / 48.85B for Pro)."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    counts = {"total": 0, "active": 0, "mtp": 0, "mtp_active": 0}
+    for name, parameter in model.named_parameters():
+        size = parameter.numel()
+        used = size * config.num_experts_per_tok // config.n_routed_experts if ".experts." in name else size
+        in_mtp = name.startswith("mtp.")
+        counts["mtp" if in_mtp else "total"] += size
+        if name != "embed.weight":
+            counts["mtp_active" if in_mtp else "active"] += used
+    return ParameterCount(**counts)
+
+
+def training_flops_per_token(config: ModelConfig, length: int, attention: AttentionMode, mtp: bool = True) -> float:
+    """Floating-point operations of forward and backward per token of a document of ``length`` tokens, no recomputation.
+
+    Two per weight and token forward, four backward; attention by the keys that a token sees on average; the indexer
+    forward only, since it gets no gradient from the language-model loss.
+    """
+    count = count_parameters(config)
+    head = config.vocab_size * config.hidden_size
+    weights = count.active + ((count.mtp_active + head) if mtp else 0)
+    layers = config.num_hidden_layers + (config.num_nextn_predict_layers if mtp else 0)
+    core = index = 0.0
+    for kind, ratio in list(zip(config.kinds, config.compress_ratios, strict=True))[:layers]:
+        keys = _mean_of_capped_count(length, 1, config.sliding_window)
+        if kind == "hca" or (kind == "csa" and attention == "dense"):
+            keys += _mean_of_capped_count(length, ratio, length)
+        elif kind == "csa":
+            keys += _mean_of_capped_count(length, ratio, config.index_topk)
+            index += 2 * config.index_n_heads * config.index_head_dim * _mean_of_capped_count(length, ratio, length)
+        core += 4 * config.num_attention_heads * config.head_dim * keys
+    return 3 * (2 * weights + core) + index
+
+
+def _mean_of_capped_count(length: int, ratio: int, cap: int) -> float:
+    """Mean over tokens t of min(floor((t + 1) / ratio), cap), exactly."""
+    blocks, rest = divmod(length, ratio)
+    full = min(blocks, cap)
+    # Blocks 1 .. full - 1 are the last seen for `ratio` tokens each; everything later sees the cap or the last block.
+    below = ratio * (full * (full - 1) // 2)
+    return (below + (length - (full * ratio - 1)) * full) / length if full else 0.0
+
+
+def parameter_table(config: ModelConfig) -> list[tuple[str, str]]:
+    """Lines for the start of a run: what was built and how large it is."""
+    count = count_parameters(config)
+    kinds = config.kinds[: config.num_hidden_layers]
+    return [
+        ("layers", f"{len(kinds)} ({kinds.count('swa')} SWA, {kinds.count('csa')} CSA, {kinds.count('hca')} HCA)"),
+        ("experts", f"{config.n_routed_experts} routed, {config.num_experts_per_tok} active, 1 shared"),
+        ("parameters", f"{_si(count.total)} total, {_si(count.active)} active, {_si(count.mtp)} in the MTP block"),
+    ]
+
+
+def _si(number: int) -> str:
+    for size, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if number >= size:
+            return f"{number / size:.2f}{letter}"
+    return str(number)
