@@ -1,0 +1,393 @@
+"""Token shards on disk: the manifest, the writer, and a memory-mapped reader that checks what it reads.
+
+A prepared folder holds `manifest.json`, `tokenizer.json`, `token_bytes.npy` and, in `train/` and `validation/`, pairs
+of `tokens-00000.npy` (all documents of the shard end to end) and `offsets-00000.npy` (int64, documents + 1). A document
+is never split between two shards.
+"""
+
+import functools
+import hashlib
+import io
+import itertools
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+FORMAT_VERSION = 1
+SPLITS = ("train", "validation")
+_CHUNK = 1 << 22
+_OPEN_SHARDS = 256  # two file handles each; the usual limit of a process is 1024
+
+
+class DataError(ValueError):
+    """The user's data or a prepared folder is not usable; one line says what, where, and the way out."""
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """A file of a prepared folder: its name relative to the folder, its size in bytes, its SHA-256."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """Counts of a shard and its two files."""
+
+    documents: int
+    tokens: int
+    token_file: FileEntry
+    offset_file: FileEntry
+
+
+@dataclass(frozen=True)
+class SplitEntry:
+    """Counts of a split; `bytes` is the UTF-8 size of its raw text."""
+
+    documents: int
+    tokens: int
+    bytes: int
+    shards: tuple[ShardEntry, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a prepared folder holds. `vocab_size` is the tokenizer's highest id plus one."""
+
+    format_version: int
+    vocab_size: int
+    bos: int
+    eos: int
+    fim: tuple[int, int, int] | None
+    dtype: str
+    skipped: int
+    config: dict[str, Any]
+    tokenizer: FileEntry
+    token_bytes: FileEntry
+    splits: dict[str, SplitEntry]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the checksums of the shards and of the tokenizer: equal when the training data are equal."""
+        sums = [self.tokenizer.sha256]
+        for name in SPLITS:
+            sums.append(name)
+            for shard in self.splits[name].shards:
+                sums += [shard.token_file.sha256, shard.offset_file.sha256]
+        return hashlib.sha256("\n".join(sums).encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """The manifest as JSON text, with its fingerprint and a checksum of all the rest."""
+        content = asdict(self) | {"fingerprint": self.fingerprint}
+        return json.dumps(content | {"checksum": _checksum(content)}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Manifest":
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: it is no JSON, its checksum is wrong, or it is of another format version.
+        """
+        content = json.loads(text)
+        if not isinstance(content, dict) or content.pop("checksum", None) != _checksum(content):
+            raise ValueError("its checksum does not match its content")
+        if content["format_version"] != FORMAT_VERSION:
+            raise ValueError(f"format version {content['format_version']}, this openv4 reads {FORMAT_VERSION}")
+        del content["fingerprint"]
+        fim = content.pop("fim")
+        splits = {name: _split_entry(split) for name, split in content.pop("splits").items()}
+        return cls(
+            **{key: value for key, value in content.items() if key not in ("tokenizer", "token_bytes")},
+            tokenizer=FileEntry(**content["tokenizer"]),
+            token_bytes=FileEntry(**content["token_bytes"]),
+            fim=None if fim is None else (fim[0], fim[1], fim[2]),
+            splits=splits,
+        )
+
+
+def _split_entry(split: dict[str, Any]) -> SplitEntry:
+    shards = tuple(
+        ShardEntry(
+            shard["documents"],
+            shard["tokens"],
+            FileEntry(**shard["token_file"]),
+            FileEntry(**shard["offset_file"]),
+        )
+        for shard in split["shards"]
+    )
+    return SplitEntry(split["documents"], split["tokens"], split["bytes"], shards)
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def write_file(folder: Path, name: str, pieces: Iterable[bytes]) -> FileEntry:
+    """Write `pieces` end to end to `folder / name`, flushed to the disk, and return the file's entry."""
+    digest, size = hashlib.sha256(), 0
+    with (folder / name).open("wb") as file:
+        for piece in pieces:
+            digest.update(piece)
+            size += file.write(piece)
+        file.flush()
+        os.fsync(file.fileno())
+    return FileEntry(name, size, digest.hexdigest())
+
+
+def write_array(folder: Path, name: str, parts: list[npt.NDArray[Any]], dtype: npt.DTypeLike) -> FileEntry:
+    """Write the 1-D `parts` end to end as one `.npy` file without joining them in memory."""
+    descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": descr, "fortran_order": False, "shape": (sum(map(len, parts)),)}
+    )
+    content = (np.ascontiguousarray(part, dtype).tobytes() for part in parts)
+    return write_file(folder, name, itertools.chain([header.getvalue()], content))
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's own entries to the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class ShardWriter:
+    """Writes the documents of one split; holds at most one shard in memory."""
+
+    def __init__(self, folder: Path, split: str, dtype: npt.DTypeLike, shard_tokens: int) -> None:
+        self.shards: list[ShardEntry] = []
+        self._folder, self._split, self._dtype, self._shard_tokens = folder, split, dtype, shard_tokens
+        self._parts: list[npt.NDArray[Any]] = []
+        self._tokens = 0
+        (folder / split).mkdir()
+
+    def add(self, tokens: npt.NDArray[Any]) -> None:
+        """Append one document (1-D, integer); a shard that is full is written out."""
+        if self._parts and self._tokens + len(tokens) > self._shard_tokens:
+            self._flush()
+        self._parts.append(tokens)
+        self._tokens += len(tokens)
+
+    def finish(self, text_bytes: int) -> SplitEntry:
+        """Write the last shard and return the split's entry."""
+        if self._parts:
+            self._flush()
+        sync_folder(self._folder / self._split)
+        return SplitEntry(
+            documents=sum(shard.documents for shard in self.shards),
+            tokens=sum(shard.tokens for shard in self.shards),
+            bytes=text_bytes,
+            shards=tuple(self.shards),
+        )
+
+    def _flush(self) -> None:
+        index = f"{len(self.shards):05d}.npy"
+        offsets = np.cumsum([0, *map(len, self._parts)], dtype=np.int64)
+        token_file = write_array(self._folder, f"{self._split}/tokens-{index}", self._parts, self._dtype)
+        offset_file = write_array(self._folder, f"{self._split}/offsets-{index}", [offsets], np.int64)
+        self.shards.append(ShardEntry(len(self._parts), self._tokens, token_file, offset_file))
+        self._parts, self._tokens = [], 0
+
+
+class TokenStore(Protocol):
+    """Documents of tokens, by index. Read from several threads at once."""
+
+    @property
+    def documents(self) -> int: ...
+
+    @property
+    def tokens(self) -> int: ...
+
+    def length(self, documents: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Tokens of each of `documents` `[N]`."""
+        ...
+
+    def read(self, document: int, start: int, length: int) -> npt.NDArray[Any]:
+        """Tokens `start` to `start + length` of a document `[length]`, read-only."""
+        ...
+
+
+class ShardStore:
+    """One split of a prepared folder, memory-mapped. A document is found in O(log shards)."""
+
+    def __init__(self, folder: Path, split: SplitEntry) -> None:
+        self.documents = split.documents
+        self.tokens = split.tokens
+        self._folder, self._shards = folder, split.shards
+        self._first = np.cumsum([0, *(shard.documents for shard in split.shards)], dtype=np.int64)
+        self._open = functools.lru_cache(maxsize=_OPEN_SHARDS)(self._map)
+
+    def length(self, documents: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Tokens of each of `documents` `[N]` -> `[N]` int64."""
+        shard_of = np.searchsorted(self._first, documents, side="right") - 1
+        lengths = np.empty(len(documents), dtype=np.int64)
+        for shard in np.unique(shard_of).tolist():
+            here = shard_of == shard
+            offsets = self._open(shard)[1]
+            local = documents[here] - self._first[shard]
+            lengths[here] = offsets[local + 1] - offsets[local]
+        return lengths
+
+    def read(self, document: int, start: int, length: int) -> npt.NDArray[Any]:
+        """Tokens `start` to `start + length` of a document, a read-only view `[length]`.
+
+        Raises:
+            IndexError: the document or the range does not exist.
+        """
+        if not 0 <= document < self.documents:
+            raise IndexError(f"document {document} of {self.documents} in {self._folder}")
+        shard = int(np.searchsorted(self._first, document, side="right")) - 1
+        tokens, offsets = self._open(shard)
+        local = document - int(self._first[shard])
+        begin, end = int(offsets[local]) + start, int(offsets[local + 1])
+        if start < 0 or length < 0 or begin + length > end:
+            raise IndexError(f"tokens {start} to {start + length} of document {document} in {self._folder}")
+        return tokens[begin : begin + length]
+
+    def _map(self, shard: int) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+        entry = self._shards[shard]
+        return _map(self._folder / entry.token_file.name), _map(self._folder / entry.offset_file.name)
+
+
+class PreparedData:
+    """A folder written by `openv4 prepare`.
+
+    Args:
+        folder: the prepared folder.
+        verify: read every file once, compare its SHA-256, and check offsets and token ids; else check sizes only.
+
+    Raises:
+        DataError: the folder is not prepared data, or a file is missing, of the wrong size or damaged.
+    """
+
+    def __init__(self, folder: Path, verify: bool = True) -> None:
+        self.folder = folder
+        self.manifest = _read_manifest(folder)
+        for entry in (self.manifest.tokenizer, self.manifest.token_bytes):
+            _check_file(folder, entry, verify)
+        for split in self.manifest.splits.values():
+            for shard in split.shards:
+                _check_file(folder, shard.offset_file, verify)
+                _check_file(folder, shard.token_file, verify)
+                if verify:
+                    _check_shard(folder, shard, self.manifest.vocab_size)
+        self._stores = {name: ShardStore(folder, split) for name, split in self.manifest.splits.items()}
+
+    @property
+    def vocab_size(self) -> int:
+        return self.manifest.vocab_size
+
+    @property
+    def bos(self) -> int:
+        return self.manifest.bos
+
+    @property
+    def eos(self) -> int:
+        return self.manifest.eos
+
+    @property
+    def fingerprint(self) -> str:
+        return self.manifest.fingerprint
+
+    @property
+    def tokenizer_path(self) -> Path:
+        return self.folder / self.manifest.tokenizer.name
+
+    @functools.cached_property
+    def token_bytes(self) -> npt.NDArray[np.int32]:
+        """UTF-8 bytes behind each token id `[V]` int32, for bits per byte."""
+        array: npt.NDArray[np.int32] = np.load(self.folder / self.manifest.token_bytes.name, allow_pickle=False)
+        return array
+
+    def split(self, name: str) -> ShardStore:
+        """The documents of a split.
+
+        Raises:
+            DataError: there is no such split.
+        """
+        if name not in self._stores:
+            raise DataError(f"{self.folder} has no split {name!r}: it has {' and '.join(self._stores)}")
+        return self._stores[name]
+
+    def texts(self, split: str) -> Iterator[str]:
+        """The documents of a split as text again, in order: special tokens dropped, fill-in-the-middle undone."""
+        tokenizer = Tokenizer.from_file(str(self.tokenizer_path))
+        store = self.split(split)
+        for document in range(store.documents):
+            length = int(store.length(np.array([document]))[0])
+            ids = store.read(document, 1, length - 2)
+            if self.manifest.fim is not None and length > 2 and ids[0] == self.manifest.fim[0]:
+                hole, end = (int(np.flatnonzero(ids == id_)[0]) for id_ in self.manifest.fim[1:])
+                parts = [ids[1:hole], ids[end + 1 :], ids[hole + 1 : end]]
+            else:
+                parts = [ids]
+            yield "".join(tokenizer.decode(part.tolist()) for part in parts)
+
+
+def _map(path: Path) -> npt.NDArray[Any]:
+    array: npt.NDArray[Any] = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+    return array
+
+
+def _read_manifest(folder: Path) -> Manifest:
+    path = folder / "manifest.json"
+    if not path.is_file():
+        if not folder.exists():
+            raise DataError(f"{folder} does not exist: make it with `openv4 prepare input=<text> output={folder}`")
+        raise DataError(
+            f"{folder} is not a prepared folder (no manifest.json): if it holds text, run "
+            f"`openv4 prepare input={folder} output=<folder>` and use that folder"
+        )
+    try:
+        return Manifest.from_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is damaged or foreign ({error}): prepare the data again") from error
+
+
+def _check_file(folder: Path, entry: FileEntry, verify: bool) -> None:
+    path = folder / entry.name
+    if not path.is_file():
+        raise DataError(f"{path} is missing: prepare the data again or restore the file")
+    size = path.stat().st_size
+    if size != entry.size:
+        raise DataError(
+            f"{path} has {size} bytes, the manifest says {entry.size}: prepare the data again or restore the file"
+        )
+    if verify:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != entry.sha256:
+            raise DataError(
+                f"{path} is damaged: SHA-256 {digest[:12]}, the manifest says {entry.sha256[:12]}: "
+                "prepare the data again or restore the file"
+            )
+
+
+def _check_shard(folder: Path, shard: ShardEntry, vocab_size: int) -> None:
+    offsets, tokens = _map(folder / shard.offset_file.name), _map(folder / shard.token_file.name)
+    if (
+        len(offsets) != shard.documents + 1
+        or len(tokens) != shard.tokens
+        or offsets[0] != 0
+        or offsets[-1] != shard.tokens
+        or np.any(offsets[1:] < offsets[:-1])
+    ):
+        raise DataError(f"{folder / shard.offset_file.name} does not match its tokens: prepare the data again")
+    highest = max((int(tokens[at : at + _CHUNK].max()) for at in range(0, len(tokens), _CHUNK)), default=0)
+    if highest >= vocab_size:
+        raise DataError(
+            f"{folder / shard.token_file.name} holds token id {highest}, the vocabulary has {vocab_size}: "
+            "prepare the data again with this tokenizer"
+        )
