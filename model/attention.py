@@ -26,7 +26,6 @@ class Geometry:
     """Everything about a batch that depends on where its tokens stand; built once, shared by all layers."""
 
     documents: Documents
-    window_start: Tensor  # [B, T] first token in each token's window
     window_rope: RopeTable  # for layers without compression
     compressed_rope: RopeTable  # for layers with compression: other base, YaRN
     blocks: dict[int, Blocks]  # by compression ratio
@@ -38,7 +37,6 @@ class Geometry:
         documents = find_documents(segments)
         if positions is None:
             positions = documents.position
-        index = torch.arange(segments.shape[1], device=segments.device)
         yarn = config.rope_scaling
         plain = rope_frequencies(config.qk_rope_head_dim, config.rope_theta)
         scaled = rope_frequencies(
@@ -50,7 +48,6 @@ class Geometry:
         blocks = {ratio: find_blocks(documents, ratio) for ratio in ratios}
         return cls(
             documents,
-            torch.maximum(documents.first, index - (config.sliding_window - 1)),
             rope_table(positions, plain),
             rope_table(positions, scaled),
             blocks,
@@ -107,7 +104,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.heads, self.dim, self.groups = config.num_attention_heads, config.head_dim, config.o_groups
-        self.ratio, self.eps = config.compress_ratios[layer], config.rms_norm_eps
+        self.window, self.ratio, self.eps = config.sliding_window, config.compress_ratios[layer], config.rms_norm_eps
         kind = config.kinds[layer]
         self.attn_sink = nn.Parameter(torch.empty(self.heads))
         self.wq_a = Linear(config.hidden_size, config.q_lora_rank)
@@ -135,9 +132,10 @@ class Attention(nn.Module):
             entries, blocks = self.compressor(x, geometry), geometry.blocks[self.ratio]
             if self.indexer is not None and not dense:
                 selected = self.indexer(x, q_latent, geometry)
-        out, denominator = hybrid_attention(q, kv, self.attn_sink, geometry.window_start, entries, blocks, selected)
+        first = geometry.documents.first
+        out, sink = hybrid_attention(q, kv, self.attn_sink, first, self.window, entries, blocks, selected)
         out = apply_rope(out, rope, inverse=True)
         grouped = out.flatten(2).unflatten(2, (self.groups, -1))  # [B, T, G, H C / G]
         low_rank = self.wo_a.weight.to(x.dtype).unflatten(0, (self.groups, -1))  # [G, o_lora_rank, H C / G]
         out = torch.einsum("btgi,gri->btgr", grouped, low_rank)
-        return self.wo_b(out.flatten(2)), (self.attn_sink - denominator).detach().exp()
+        return self.wo_b(out.flatten(2)), sink

@@ -114,16 +114,15 @@ def balance_loss(scores: Tensor, first: Tensor, valid: Tensor, top_k: int) -> Te
     Args:
         scores: ``[B, T, E]``; first: ``[B, T]`` first token of each token's document; valid: ``[B, T]``.
     """
-    batch, length, experts = scores.shape
-    row = torch.arange(batch, device=scores.device).unsqueeze(1)
-    document = (first + row * length)[valid]  # a document's id is the flat index of its first token
-    used, document = document.unique(return_inverse=True)
-    scores = scores[valid]  # [tokens, E]
+    experts = scores.shape[-1]
+    row = torch.arange(first.shape[0], device=scores.device).unsqueeze(1)
+    document = (first + row * first.shape[1])[valid]  # a document's id is the flat index of its first token
+    size = document.unique_consecutive(return_counts=True)[1]
+    if not len(size):  # segment_reduce refuses an empty batch
+        return scores.sum() * 0.0
+    scores = scores[valid]  # [tokens, E], the documents one after another
     chosen = torch.zeros_like(scores).scatter(1, top_experts(scores.detach(), top_k), 1.0)
-    probability = scores / scores.sum(-1, keepdim=True)
-    size = scores.new_zeros(len(used)).index_add(0, document, torch.ones_like(document, dtype=scores.dtype))
-    per_document = scores.new_zeros(len(used), experts)
-    times = per_document.index_add(0, document, chosen)
-    mass = per_document.index_add(0, document, probability)
+    times = torch.segment_reduce(chosen, "sum", lengths=size)  # [documents, E]
+    mass = torch.segment_reduce(scores / scores.sum(-1, keepdim=True), "sum", lengths=size)
     # n * (E / (K n)) * times * (mass / n)
     return ((times * mass).sum(-1) / size).sum() * (experts / top_k)

@@ -79,8 +79,8 @@ def random_model(config: ModelConfig, seed: int) -> Transformer:
 
 
 def relative_rms(ours: Tensor, theirs: Tensor) -> float:
-    """RMS of the difference over RMS of the second, in float64; 0 where both are zero."""
+    """Norm of the difference over norm of the second, in float64; 0 where both are zero."""
     ours, theirs = ours.detach(), theirs.detach()
-    difference = (ours.double() - theirs.double()).square().mean().sqrt()
-    size = theirs.double().square().mean().sqrt()
+    difference = (ours.double() - theirs.double()).square().sum().sqrt()
+    size = theirs.double().square().sum().sqrt()
     return float(difference / size) if size > 0 else float(difference)
