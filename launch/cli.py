@@ -1,0 +1,86 @@
+"""The ``openv4`` console script: finds the command, composes its config, and turns bad input into one clear line."""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import hydra
+from omegaconf import DictConfig
+
+from ..data.shards import DataError
+from ..model.config import ModelConfigError
+from ..model.released import WeightsError
+from ..train.checkpoint import CheckpointError
+from ..train.config import CONF, ConfigError, from_yaml, load, normalize
+
+
+class Command(NamedTuple):
+    help: str
+    example: str
+
+
+COMMANDS = {
+    "prepare": Command("text files to token shards", "openv4 prepare input=my_texts output=my_data"),
+    "train": Command("pretrain, or resume a run", "openv4 train run=smoke data=my_data"),
+    "evaluate": Command("loss and bits per byte on held-out text", "openv4 evaluate checkpoint=runs/smoke"),
+    "generate": Command("continue a text", "openv4 generate checkpoint=runs/smoke prompt='In the beginning'"),
+    "export": Command(
+        "write the released format, which transformers loads", "openv4 export checkpoint=runs/smoke output=my_model"
+    ),
+}
+
+# What users cause and can mend. Anything else is a fault of ours and keeps its traceback.
+USER_ERRORS = (ConfigError, ModelConfigError, DataError, WeightsError, CheckpointError, OSError)
+
+
+def main() -> None:
+    """Entry point: ``openv4 <command> [key=value ...]``; every command is a Hydra application."""
+    name, *arguments = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help", "help"):
+        print(_help())
+        return
+    if name not in COMMANDS:
+        print(f"error: openv4 {name}: no such command; choose from {', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
+    # `spawn`ed and launched children must not find our folders (kernels, data, ...) as top-level modules.
+    os.environ.setdefault("PYTHONSAFEPATH", "1")
+    module = importlib.import_module(f".{name}", __package__)
+    try:
+        if any(argument.startswith("-") for argument in arguments):
+            _hydra_application(name, module.CONFIG, module.run, arguments)
+        else:
+            module.run(load(name, module.CONFIG, arguments))
+    except USER_ERRORS as error:
+        if os.environ.get("OPENV4_TRACEBACK"):
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+def _hydra_application(name: str, schema: type[Any], run: Callable[[Any], None], arguments: list[str]) -> None:
+    """Hydra's own flags: --help, --cfg job, --multirun and the rest."""
+    flags = [argument for argument in arguments if argument.startswith("-") or "=" not in argument]
+    sys.argv = [f"openv4 {name}", *flags, *normalize(name, [a for a in arguments if a not in flags])]
+
+    @hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)
+    def application(config: DictConfig) -> None:
+        try:
+            run(from_yaml(schema, config))
+        except USER_ERRORS as error:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            sys.exit(2)
+
+    application()
+
+
+def _help() -> str:
+    lines = ["openv4: DeepSeek-V4's training recipe, reproduced", "", "usage: openv4 <command> [key=value ...]", ""]
+    for name, command in COMMANDS.items():
+        lines += [f"  {name:10}{command.help}", f"  {'':10}  {command.example}"]
+    lines += ["", "openv4 <command> --help shows the command's settings; --cfg job prints what would run."]
+    return "\n".join(lines)

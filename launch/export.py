@@ -1,0 +1,32 @@
+"""``openv4 export``: a run's weights in the released format, which transformers and inference engines load."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..model.released import save_pretrained
+from ..train.checkpoint import find_tokenizer, find_weights, load_model
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Attributes:
+    checkpoint: a run, one of its checkpoints, or another export.
+    output: folder to write; must not exist, or be empty.
+    format: bf16 or fp32.
+    max_shard_gb: size beyond which the weights are split over several files, in 10^9 bytes.
+    """
+
+    checkpoint: str
+    output: str
+    format: str = "bf16"
+    max_shard_gb: float = 5.0
+
+
+CONFIG = ExportConfig
+
+
+def run(config: ExportConfig) -> None:
+    model = load_model(config.checkpoint)
+    tokenizer = find_tokenizer(config.checkpoint)
+    save_pretrained(model, config.output, config.format, tokenizer, int(config.max_shard_gb * 1e9))
+    print(f"{find_weights(config.checkpoint)} written to {Path(config.output)} as {config.format}")

@@ -1,0 +1,208 @@
+"""Checkpoints: folders of safetensors with a manifest of checksums, published whole or not at all, never pickled.
+
+    <run>/checkpoints/step_N/  config.json, model*.safetensors   the weights, float32, under the released names:
+                                                                 `load_pretrained` and transformers read them as they are
+                               optimizer.safetensors             momentum and moments, by parameter name
+                               state.json                        steps, tokens, data position
+                               manifest.json                     size and SHA-256 of every other file
+    <run>/checkpoints/latest   the name of the newest complete one; moved last
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..model.released import (
+    WeightsError,
+    fill_weights,
+    load_pretrained,
+    new_folder,
+    open_tensors,
+    sync,
+    write_json,
+    write_tensors,
+    write_weights,
+)
+from ..model.transformer import Transformer
+from ..optim.groups import Optimizers
+
+FORMAT = 1
+_MAX_SHARD_BYTES = 5_000_000_000
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written or read; the message names the file and the way out."""
+
+
+@dataclass
+class TrainState:
+    """Where a run stands; with weights and optimizer state, all that a resumed run needs to go on bit for bit."""
+
+    step: int = 0  # optimizer steps done, skipped ones included
+    tokens: int = 0  # tokens of the global batches seen, padding included
+    skipped: int = 0  # steps whose gradients were not finite
+    data: dict[str, Any] | None = None  # Loader.state_dict()
+    fingerprint: str = ""  # of the prepared data
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for key in vars(self):
+            setattr(self, key, state[key])
+
+
+def save_checkpoint(
+    checkpoints: Path, model: Transformer, optimizers: Optimizers, state: TrainState, keep: int
+) -> Path:
+    """Writes ``step_N``, then points ``latest`` at it, then removes all but the newest ``keep``."""
+    folder = checkpoints / f"step_{state.step}"
+    if folder.exists():  # left by a run that was stopped between this rename and the move of `latest`
+        shutil.rmtree(folder)
+    try:
+        with new_folder(folder) as temporary:
+            write_weights(model, temporary, torch.float32, _MAX_SHARD_BYTES)
+            write_tensors(temporary / "optimizer.safetensors", optimizers.state_tensors() | _random_state())
+            write_json(temporary / "state.json", state.state_dict())
+            files = {p.name: {"bytes": p.stat().st_size, "sha256": _checksum(p)} for p in sorted(temporary.iterdir())}
+            write_json(temporary / "manifest.json", {"format": FORMAT, "step": state.step, "files": files})
+    except WeightsError as error:
+        raise CheckpointError(f"checkpoint of step {state.step} not written: {error}") from None
+    pointer = checkpoints / ".latest"
+    pointer.write_text(folder.name + "\n")
+    sync(pointer)
+    pointer.rename(checkpoints / "latest")
+    sync(checkpoints)
+    for old in complete_checkpoints(checkpoints)[:-keep]:
+        shutil.rmtree(old)
+    return folder
+
+
+def load_checkpoint(folder: Path, model: Transformer, optimizers: Optimizers, state: TrainState) -> None:
+    """Fills model, optimizers and state from a checkpoint, after comparing every file with its checksum.
+
+    Raises:
+        CheckpointError: a file is missing, changed or truncated, or the checkpoint is of another architecture.
+    """
+    verify(folder)
+    try:
+        fill_weights(model, folder)
+        with open_tensors(folder / "optimizer.safetensors") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        _restore_random_state(tensors)
+        optimizers.load_state_tensors(tensors)
+        state.load_state_dict(json.loads((folder / "state.json").read_text()))
+    except WeightsError as error:
+        raise CheckpointError(f"{error}; is this a run of another model? choose another output folder") from None
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder}: {error}") from None
+
+
+def verify(folder: Path) -> None:
+    """Raises CheckpointError unless every file of a checkpoint is there and as it was written."""
+    way_out = f"remove {folder} to go on from an earlier checkpoint"
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        files = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder / 'manifest.json'}: unreadable ({error!r}); {way_out}") from None
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{folder}: format {manifest.get('format')!r}, this version reads {FORMAT}; {way_out}")
+    present = {path.name for path in folder.iterdir()} - {"manifest.json"}
+    if present != set(files):
+        odd = ", ".join(sorted(present ^ set(files)))
+        raise CheckpointError(f"{folder}: files missing or added: {odd}; {way_out}")
+    for name, (size, checksum) in files.items():
+        path = folder / name
+        if path.stat().st_size != size:
+            raise CheckpointError(f"{path}: {path.stat().st_size} bytes instead of {size}; {way_out}")
+        if (found := _checksum(path)) != checksum:
+            raise CheckpointError(f"{path}: checksum {found[:12]} instead of {checksum[:12]}, the file changed; {way_out}")
+
+
+def complete_checkpoints(checkpoints: Path) -> list[Path]:
+    """All published checkpoints, oldest first."""
+    found = [path for path in checkpoints.glob("step_*") if (path / "manifest.json").exists()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def latest_checkpoint(checkpoints: Path) -> Path | None:
+    """What ``latest`` points at; the newest complete one if that has been removed; None if there is none."""
+    pointer = checkpoints / "latest"
+    if pointer.exists():
+        folder = checkpoints / pointer.read_text().strip()
+        if folder.parent == checkpoints and folder.is_dir():
+            return folder
+    complete = complete_checkpoints(checkpoints)
+    return complete[-1] if complete else None
+
+
+def find_weights(path: str | Path) -> Path:
+    """The folder of weights that ``path`` means: a run (its newest checkpoint), a checkpoint, or an export.
+
+    Raises:
+        CheckpointError: it is none of them, or a checkpoint that does not match its checksums.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such folder; name a run, a checkpoint or an exported model")
+    if (path / "checkpoints").is_dir():
+        newest = latest_checkpoint(path / "checkpoints")
+        if newest is None:
+            raise CheckpointError(f"{path}: this run has no checkpoint yet; train it further")
+        path = newest
+    if (path / "manifest.json").exists() and (path / "state.json").exists():
+        verify(path)
+    if not (path / "config.json").exists():
+        raise CheckpointError(f"{path}: holds no config.json; name a run, a checkpoint or an exported model")
+    return path
+
+
+def find_tokenizer(path: str | Path) -> Path | None:
+    """The ``tokenizer.json`` of a run, a checkpoint or an export, if it has one."""
+    path = Path(path)
+    for folder in (path, path.parent.parent):
+        if (folder / "tokenizer.json").is_file():
+            return folder / "tokenizer.json"
+    return None
+
+
+def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Transformer:
+    """The model of a run, a checkpoint or an export (``find_weights``)."""
+    return load_pretrained(find_weights(path), dtype, device)
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _random_state() -> dict[str, Tensor]:
+    states = {"rng.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["rng.cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _restore_random_state(tensors: dict[str, Tensor]) -> None:
+    torch.set_rng_state(tensors.pop("rng.cpu"))
+    cuda = tensors.pop("rng.cuda", None)
+    if cuda is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(cuda)
+
+
+def remove_leftovers(checkpoints: Path) -> None:
+    """Deletes the temporary folders of saves that were killed."""
+    for path in checkpoints.glob(".step_*"):
+        shutil.rmtree(path, ignore_errors=True)
+    with os.scandir(checkpoints) as entries:
+        stale = [entry.path for entry in entries if entry.name == ".latest"]
+    for name in stale:
+        Path(name).unlink()

@@ -1,0 +1,296 @@
+"""The only place where YAML meets dataclasses: Hydra composes ``conf/``, and the result becomes a tree of frozen
+dataclasses, strictly. Whatever is wrong is said before anything is allocated: the key's full path, the value, the
+nearest valid name."""
+
+import dataclasses
+import difflib
+import re
+import types
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ..data.loader import SourceConfig
+from ..model.config import ModelConfig
+from ..optim.groups import OptimConfig
+from ..optim.schedule import Stage
+
+CONF = Path(__file__).parents[1] / "conf"
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key, the value and the way out."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the training rows come from.
+
+    Attributes:
+        path: a folder that `openv4 prepare` wrote; null prepares the shipped King James text below the output folder.
+        sources: several such folders with weights, instead of `path`.
+        vocab_size: of the tokenizer trained for the shipped text.
+        workers: threads that read batches ahead.
+        verify: compare every shard with its checksum at start.
+    """
+
+    path: str | None = None
+    sources: tuple[SourceConfig, ...] = ()
+    vocab_size: int = 4096
+    workers: int = 1
+    verify: bool = True
+
+    def __post_init__(self) -> None:
+        if self.path and self.sources:
+            raise ConfigError("data.path and data.sources are both set; keep one")
+        if self.workers < 0:
+            raise ConfigError(f"data.workers={self.workers} must not be negative")
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    """Dtype of the residual streams and matrix products; weights and optimizer state are always float32."""
+
+    compute: Literal["fp32", "bf16"] = "fp32"
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """`every` optimizer steps (0: only at the end), the newest `keep` stay."""
+
+    every: int = 100
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        if self.every < 0 or self.keep < 1:
+            raise ConfigError(f"checkpoint.every={self.every} and checkpoint.keep={self.keep}: at least 0 and at least 1")
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """Attributes:
+    every: optimizer steps between validations, besides those before the first and after the last (0: only these).
+    tokens: how much of the validation split to use; null uses all.
+    byte_model_order: order of a byte n-gram model, fitted on the training text, to print for comparison; null for none.
+    """
+
+    every: int = 100
+    tokens: int | None = None
+    byte_model_order: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.every < 0 or (self.tokens is not None and self.tokens < 1):
+            raise ConfigError(f"validation.every={self.every}, validation.tokens={self.tokens}: must be positive")
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """Attributes:
+    every: optimizer steps between rows of metrics.jsonl.
+    wandb: auto (online where WANDB_API_KEY is set, else offline), online, offline or disabled.
+    project: W&B project.
+    peak_tflops: of the device at the training dtype, for MFU; null looks it up or, on a CPU, measures it.
+    sample_prompt, sample_tokens: text to continue when training ends; null for none.
+    """
+
+    every: int = 1
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    project: str = "openv4"
+    peak_tflops: float | None = None
+    sample_prompt: str | None = None
+    sample_tokens: int = 80
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ConfigError(f"logging.every={self.every} must be at least 1")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A whole training run; `conf/train.yaml` and `conf/run/*.yaml` hold its values.
+
+    Attributes:
+        name: the run's; output: its folder.
+        steps: stop after so many optimizer steps, the schedule unchanged; null trains all stages.
+        micro_batch_tokens: tokens that one forward and backward pass takes; gradients add up to the stage's batch.
+        grad_clip: bound of the global gradient norm; null for none.
+        device: auto takes a CUDA device if there is one; threads: of the CPU, null leaves torch's choice.
+    """
+
+    name: str
+    output: str
+    model: ModelConfig
+    stages: tuple[Stage, ...]
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    seed: int = 0
+    steps: int | None = None
+    micro_batch_tokens: int = 4096
+    grad_clip: float | None = 1.0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise ConfigError("stages is empty: a run needs at least one stage")
+        if self.steps is not None and self.steps < 1:
+            raise ConfigError(f"steps={self.steps} must be at least 1, or null for all stages")
+        if self.grad_clip is not None and self.grad_clip <= 0:
+            raise ConfigError(f"grad_clip={self.grad_clip} must be positive, or null for none")
+        for stage in self.stages:
+            if stage.sequence_length > self.model.max_position_embeddings:
+                raise ConfigError(
+                    f"stages: {stage.name!r} has sequence_length={stage.sequence_length}, beyond "
+                    f"model.max_position_embeddings={self.model.max_position_embeddings}"
+                )
+        if self.micro_batch_tokens < 1:
+            raise ConfigError(f"micro_batch_tokens={self.micro_batch_tokens} must be positive")
+
+
+def load_config(overrides: Sequence[str] = ()) -> TrainConfig:
+    """The configuration that `openv4 train` with these overrides would run."""
+    return load("train", TrainConfig, overrides)
+
+
+def load(name: str, schema: type[T], overrides: Sequence[str]) -> T:
+    """Composes ``conf/<name>.yaml`` with ``overrides`` (as on the command line) into ``schema``.
+
+    Raises:
+        ConfigError: unknown key, value or preset, wrong type, values that contradict each other.
+    """
+    overrides = normalize(name, overrides)
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            composed = compose(name, overrides=list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_explain(error)) from None
+    return from_yaml(schema, composed)
+
+
+def from_yaml(schema: type[T], config: DictConfig | str) -> T:
+    """A composed config, or the text of a saved ``config.yaml``, as ``schema``."""
+    try:
+        values = yaml.safe_load(config) if isinstance(config, str) else OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_explain(error)) from None
+    result: T = _convert(schema, values, "")
+    return result
+
+
+def to_yaml(config: Any) -> str:
+    """The resolved config as YAML that ``from_yaml`` reads back."""
+    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
+
+
+def presets_of(name: str) -> dict[str, list[str]]:
+    """Config groups of a command and their presets: ``{"model": ["nano", ...], ...}``."""
+    defaults = yaml.safe_load((CONF / f"{name}.yaml").read_text()).get("defaults", [])
+    groups = [group for entry in defaults if isinstance(entry, dict) for group in entry]
+    return {group: sorted(file.stem for file in (CONF / group).glob("*.yaml")) for group in groups}
+
+
+def normalize(name: str, overrides: Sequence[str]) -> list[str]:
+    """The overrides of command ``name`` as Hydra should see them.
+
+    A preset that does not exist is refused with the nearest name; ``data=<folder>`` means ``data.path=<folder>``; a
+    value override may set any key that the dataclasses know, whether or not the YAML mentions it.
+    """
+    presets, normal = presets_of(name), []
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if equals and value in presets.get(key, ()):
+            normal.append(override)
+        elif key == "data" and equals and (Path(value).exists() or "/" in value):
+            quoted = value.replace("\\", "\\\\").replace("'", "\\'")
+            normal.append(f"++data.path='{quoted}'")
+        elif equals and key in presets:
+            raise ConfigError(f"{override}: no such preset{_nearest(value, presets[key])}")
+        else:
+            normal.append(f"++{override}" if equals and key and key[0] not in "+~" else override)
+    for override, prepared in zip(overrides, normal, strict=True):
+        try:
+            OverridesParser.create().parse_override(prepared)
+        except HydraException:
+            raise ConfigError(f"{override!r} is not key=value; quote values that hold special characters") from None
+    return normal
+
+
+def _convert(kind: Any, value: Any, path: str) -> Any:
+    """``value``, checked and converted to the annotated type ``kind``."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        (kind,) = (a for a in arguments if a is not type(None))
+        return _convert(kind, value, path)
+    if origin is Literal:
+        if value not in arguments:
+            raise ConfigError(f"{path}={value!r}{_nearest(str(value), [str(a) for a in arguments])}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{path}={value!r} must be a list")
+        return tuple(_convert(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(value))
+    if dataclasses.is_dataclass(kind):
+        return _build(kind, value, path)
+    return _scalar(kind, value, path)
+
+
+def _build(schema: Any, values: Any, path: str) -> Any:
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path or 'the config'}={values!r} must hold the keys of {schema.__name__}")
+    known = [f.name for f in dataclasses.fields(schema)]
+    hints = get_type_hints(schema)
+    prefix = f"{path}." if path else ""
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"{prefix}{key}: unknown key{_nearest(str(key), known)}")
+    required = [f.name for f in dataclasses.fields(schema) if f.default is f.default_factory is dataclasses.MISSING]
+    missing = [key for key in required if key not in values or values[key] == "???"]
+    if missing:
+        raise ConfigError(f"{prefix}{missing[0]} is not set; give {', '.join(f'{prefix}{key}=...' for key in missing)}")
+    converted = {key: _convert(hints[key], value, prefix + key) for key, value in values.items()}
+    try:
+        return schema(**converted)
+    except ConfigError:
+        raise
+    except ValueError as error:  # the dataclass's own checks, which name key, value and way out
+        raise ConfigError(f"{path}: {error}" if "[" in path else str(error)) from None
+
+
+def _scalar(kind: type, value: Any, path: str) -> Any:
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        words = {int: "a whole number", float: "a number such as 1.0e-4", bool: "true or false", str: "text"}
+        raise ConfigError(f"{path}={value!r} must be {words[kind]}")
+    return value
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {close[0]}?" if close else f"; choose from {', '.join(known)}"
+
+
+def _explain(error: Exception) -> str:
+    """The first lines of Hydra's or OmegaConf's message, as one."""
+    text = re.sub(r"\s+", " ", str(error).split("\nSee ")[0]).strip()
+    return text.removesuffix(".")
