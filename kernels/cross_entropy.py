@@ -15,6 +15,6 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
         hidden: ``[..., D]``; weight: ``[V, D]``; targets: ``[...]`` int64. Logits are formed in float32 (recipe 4).
     """
     logits = F.linear(at_least_fp32(hidden), at_least_fp32(weight))
-    return F.cross_entropy(
-        logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="none"
-    ).view_as(targets)
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="none").view_as(
+        targets
+    )

@@ -1,7 +1,8 @@
 """Where the documents of a packed row lie, and which compressed entries they yield.
 
-A row holds documents one after another; ``segments`` names them. Everything positional in the model (window, compression
-blocks, rotary positions) is derived here, once a forward pass, so that no operation can look across a border.
+A row holds documents one after another; ``segments`` names them. Everything positional in the model (window,
+compression blocks, rotary positions) is derived here, once a forward pass, so that no operation can
+look across a border.
 
 Shapes: B batch, T tokens, N compressed entries (T // ratio, the most a row can hold).
 """

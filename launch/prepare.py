@@ -21,7 +21,9 @@ def run(config: PrepareConfig) -> None:
             config, lambda done, total: bar.update(task, description="encoding", completed=done, total=total)
         )
     for name, split in manifest.splits.items():
-        console.print(f"{name:>12}: {split.tokens:,} tokens, {split.documents:,} documents, {split.bytes:,} bytes of text")
+        console.print(
+            f"{name:>12}: {split.tokens:,} tokens, {split.documents:,} documents, {split.bytes:,} bytes of text"
+        )
     if manifest.skipped:
         console.print(f"{'skipped':>12}: {manifest.skipped:,} empty documents")
     console.print(f"{'tokenizer':>12}: {manifest.vocab_size:,} entries")

@@ -1,4 +1,4 @@
-"""Counts of parameters and of floating-point operations, from a config alone (the model is built on the meta device)."""
+"""Counts of parameters and of floating-point operations, from a config alone (models are built on the meta device)."""
 
 from dataclasses import dataclass
 
@@ -57,8 +57,7 @@ def training_flops_per_token(config: ModelConfig, length: int, attention: Attent
 
 def _mean_of_capped_count(length: int, ratio: int, cap: int) -> float:
     """Mean over tokens t of min(floor((t + 1) / ratio), cap), exactly."""
-    blocks, rest = divmod(length, ratio)
-    full = min(blocks, cap)
+    full = min(length // ratio, cap)
     # Blocks 1 .. full - 1 are the last seen for `ratio` tokens each; everything later sees the cap or the last block.
     below = ratio * (full * (full - 1) // 2)
     return (below + (length - (full * ratio - 1)) * full) / length if full else 0.0

@@ -36,7 +36,9 @@ def _mixing_base(tensor: Tensor, config: ModelConfig, generator: torch.Generator
     tensor.zero_()
     if config.hc_init == "identity":
         count = config.hc_mult
-        tensor[:count] = -math.log(count - 1.0) if count > 1 else 4.0  # sigmoid gives 1 / count: the mean of the streams
+        tensor[:count] = (
+            -math.log(count - 1.0) if count > 1 else 4.0
+        )  # sigmoid gives 1 / count: the mean of the streams
         # Sinkhorn of 4 on the diagonal and 0 elsewhere keeps about nine tenths of each stream to itself.
         tensor[2 * count :] = 4.0 * torch.eye(count).flatten()
 

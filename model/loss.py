@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.cross_entropy import IGNORED, linear_cross_entropy
@@ -82,7 +81,9 @@ def training_losses(
     )
 
 
-def token_losses(model: Transformer, tokens: Tensor, segments: Tensor, attention: AttentionMode) -> tuple[Tensor, Tensor]:
+def token_losses(
+    model: Transformer, tokens: Tensor, segments: Tensor, attention: AttentionMode
+) -> tuple[Tensor, Tensor]:
     """For evaluation: each token's next-token cross-entropy in nats ``[B, T]``, and the targets ``[B, T]``."""
     output = model.run(tokens, segments, attention=attention, mtp=False)
     targets = shifted_targets(tokens, segments, 1)

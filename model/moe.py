@@ -125,4 +125,5 @@ def balance_loss(scores: Tensor, first: Tensor, valid: Tensor, top_k: int) -> Te
     times = torch.segment_reduce(chosen, "sum", lengths=size)  # [documents, E]
     mass = torch.segment_reduce(scores / scores.sum(-1, keepdim=True), "sum", lengths=size)
     # n * (E / (K n)) * times * (mass / n)
-    return ((times * mass).sum(-1) / size).sum() * (experts / top_k)
+    total: Tensor = ((times * mass).sum(-1) / size).sum() * (experts / top_k)
+    return total

@@ -98,7 +98,9 @@ def copy_tokenizer(tokenizer: Path, folder: Path, config: ModelConfig) -> None:
     """``tokenizer.json`` and the ``tokenizer_config.json`` that lets transformers load it."""
     vocabulary = json.loads(tokenizer.read_text(encoding="utf-8"))
     tokens = {token["id"]: token["content"] for token in vocabulary.get("added_tokens", ())}
-    tokens |= {id_: token for token, id_ in _vocabulary(vocabulary) if id_ in (config.bos_token_id, config.eos_token_id)}
+    tokens |= {
+        id_: token for token, id_ in _vocabulary(vocabulary) if id_ in (config.bos_token_id, config.eos_token_id)
+    }
     shutil.copyfile(tokenizer, folder / "tokenizer.json")
     names = {"bos_token": tokens.get(config.bos_token_id), "eos_token": tokens.get(config.eos_token_id)}
     write_json(

@@ -3,12 +3,12 @@
     embedding -> 4 residual streams -> [mHC(attention) -> mHC(MoE)] x L -> collapse -> norm -> head
                                                                       \\-> MTP block -> collapse -> norm -> head
 
-Parameter and buffer names are those of the released checkpoints, except that routed experts are stacked (``released.py``
-splits them). Shapes: B batch, T tokens, S streams, D hidden, V vocabulary, E experts.
+Parameter and buffer names are those of the released checkpoints, except that routed experts are stacked
+(``released.py`` splits them). Shapes: B batch, T tokens, S streams, D hidden, V vocabulary, E experts.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -56,9 +56,7 @@ class Block(nn.Module):
             self.register_parameter(f"hc_{site}_base", _empty(streams * (streams + 2)))
             self.register_parameter(f"hc_{site}_scale", _empty(3))
 
-    def forward(
-        self, streams: Tensor, tokens: Tensor, geometry: Geometry, dense: bool
-    ) -> tuple[Tensor, BlockReport]:
+    def forward(self, streams: Tensor, tokens: Tensor, geometry: Geometry, dense: bool) -> tuple[Tensor, BlockReport]:
         mixing = self._mixing(streams, "attn")
         output, sink = self.attn(self.attn_norm(collapse(streams, mixing.pre)), geometry, dense)
         streams = expand(streams, output, mixing)
@@ -89,8 +87,10 @@ class MTPBlock(Block):
         _add_head_parameters(self, config)
 
     def merge(self, streams: Tensor, next_embedding: Tensor) -> Tensor:
-        """Input streams ``[B, T, S, D]``: each main stream, projected, plus the embedding ``[B, T, D]`` of token t+1."""
-        return self.h_proj(self.hnorm(streams)) + self.e_proj(self.enorm(next_embedding)).unsqueeze(2)
+        """Input ``[B, T, S, D]``: projected main streams plus the projected embedding ``[B, T, D]`` of token t+1."""
+        following: Tensor = self.e_proj(self.enorm(next_embedding))
+        merged: Tensor = self.h_proj(self.hnorm(streams)) + following.unsqueeze(2)
+        return merged
 
 
 class Transformer(nn.Module):
@@ -147,7 +147,8 @@ class Transformer(nn.Module):
             streams, reports[f"layers.{index}"] = block(streams, tokens, geometry, dense)
         mtp_streams = None
         if mtp and self.mtp:
-            (block,) = self.mtp
+            block = self.mtp[0]
+            assert isinstance(block, MTPBlock)
             # The last token of a document has no next one: it becomes padding, and no embedding crosses the border.
             has_next = F.pad(segments[:, 1:] == segments[:, :-1], (0, 1)) & (segments >= 0)
             following = F.pad(embedding[:, 1:], (0, 0, 0, 1)) * has_next.unsqueeze(-1)

@@ -1,11 +1,11 @@
 """Checkpoints: folders of safetensors with a manifest of checksums, published whole or not at all, never pickled.
 
-    <run>/checkpoints/step_N/  config.json, model*.safetensors   the weights, float32, under the released names:
-                                                                 `load_pretrained` and transformers read them as they are
-                               optimizer.safetensors             momentum and moments, by parameter name
-                               state.json                        steps, tokens, data position
-                               manifest.json                     size and SHA-256 of every other file
-    <run>/checkpoints/latest   the name of the newest complete one; moved last
+<run>/checkpoints/step_N/  config.json, model*.safetensors   the weights, float32, under the released names:
+                                                             `load_pretrained` and transformers read them as they are
+                           optimizer.safetensors             momentum and moments, by parameter name
+                           state.json                        steps, tokens, data position
+                           manifest.json                     size and SHA-256 of every other file
+<run>/checkpoints/latest   the name of the newest complete one; moved last
 """
 
 import hashlib
@@ -124,7 +124,9 @@ def verify(folder: Path) -> None:
         if path.stat().st_size != size:
             raise CheckpointError(f"{path}: {path.stat().st_size} bytes instead of {size}; {way_out}")
         if (found := _checksum(path)) != checksum:
-            raise CheckpointError(f"{path}: checksum {found[:12]} instead of {checksum[:12]}, the file changed; {way_out}")
+            raise CheckpointError(
+                f"{path}: checksum {found[:12]} instead of {checksum[:12]}, the file changed; {way_out}"
+            )
 
 
 def complete_checkpoints(checkpoints: Path) -> list[Path]:

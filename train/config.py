@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -73,14 +72,16 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         if self.every < 0 or self.keep < 1:
-            raise ConfigError(f"checkpoint.every={self.every} and checkpoint.keep={self.keep}: at least 0 and at least 1")
+            raise ConfigError(
+                f"checkpoint.every={self.every} and checkpoint.keep={self.keep}: at least 0 and at least 1"
+            )
 
 
 @dataclass(frozen=True)
 class ValidationConfig:
     """Attributes:
     every: optimizer steps between validations, besides those before the first and after the last (0: only these).
-    tokens: how much of the validation split to use; null uses all.
+    tokens: how much of the validation split to use; null uses all, and so does the last validation of a run.
     byte_model_order: order of a byte n-gram model, fitted on the training text, to print for comparison; null for none.
     """
 
@@ -184,7 +185,7 @@ def load(name: str, schema: type[T], overrides: Sequence[str]) -> T:
 def from_yaml(schema: type[T], config: DictConfig | str) -> T:
     """A composed config, or the text of a saved ``config.yaml``, as ``schema``."""
     try:
-        values = yaml.safe_load(config) if isinstance(config, str) else OmegaConf.to_container(config, resolve=True)
+        values = OmegaConf.to_container(OmegaConf.create(config), resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error)) from None
     result: T = _convert(schema, values, "")
@@ -198,8 +199,8 @@ def to_yaml(config: Any) -> str:
 
 def presets_of(name: str) -> dict[str, list[str]]:
     """Config groups of a command and their presets: ``{"model": ["nano", ...], ...}``."""
-    defaults = yaml.safe_load((CONF / f"{name}.yaml").read_text()).get("defaults", [])
-    groups = [group for entry in defaults if isinstance(entry, dict) for group in entry]
+    defaults: Any = OmegaConf.select(OmegaConf.load(CONF / f"{name}.yaml"), "defaults", default=[])
+    groups = [str(group) for entry in defaults if isinstance(entry, DictConfig) for group in entry]
     return {group: sorted(file.stem for file in (CONF / group).glob("*.yaml")) for group in groups}
 
 

@@ -1,4 +1,4 @@
-"""The training loop: one for every recipe. ``training_step`` is the whole of one step; ``train`` is what surrounds it."""
+"""The training loop, one for every recipe. ``training_step`` is the whole of a step; ``train`` is what surrounds it."""
 
 import fcntl
 import json
@@ -81,7 +81,7 @@ def training_step(
             mtp=plan.mtp_weight > 0,
             statistics=statistics and not details,
         )
-        losses.total(counts, plan.mtp_weight, plan.balance_weight).backward()  # type: ignore[no-untyped-call]
+        losses.total(counts, plan.mtp_weight, plan.balance_weight).backward()
         sums += torch.stack((losses.main, losses.mtp, losses.balance)).detach()
         load = {name: count + load.get(name, 0) for name, count in losses.load.items()}
         details = details or losses.statistics
@@ -89,7 +89,8 @@ def training_step(
     optimizers.step(plan.lr, found_inf)
     optimizers.zero_grad()
     update_router_biases(model, load, plan.bias_speed, found_inf)
-    return StepReport(*sums.unbind(), counts, norm, found_inf, load, details)
+    main, mtp, balance = sums.unbind()
+    return StepReport(main, mtp, balance, counts, norm, found_inf, load, details)
 
 
 @torch.no_grad()
@@ -111,7 +112,9 @@ def train(config: TrainConfig) -> Path:
     run = Path(config.output)
     with ExitStack() as stack:
         claim_folder(run, config, stack)
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device)
+        device = torch.device(
+            ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+        )
         make_deterministic(config, device)
         schedule = Schedule(config.stages, config.steps)
         data = open_dataset(config.data, run, config.model.vocab_size)
@@ -166,7 +169,7 @@ def train(config: TrainConfig) -> Path:
                 with meter.aside():
                     save_checkpoint(run / "checkpoints", model, optimizers, state, config.checkpoint.keep)
             if plan is None:
-                conclude(run, terminal, wandb, config, data, model, state, validator(model, last))
+                conclude(run, terminal, wandb, config, data, model, state, validator(model, last, whole=True))
         if resumed and state.step >= schedule.total_steps and not meter.steps:
             terminal.console.print(f"{run}: this run is complete at step {state.step}; raise steps= to go on")
     return run
@@ -201,7 +204,7 @@ def claim_folder(run: Path, config: TrainConfig, stack: ExitStack) -> None:
 
 
 def differences(before: TrainConfig, now: TrainConfig) -> list[str]:
-    """What makes ``now`` another run than ``before``: everything that decides a weight. (Data is told by fingerprint.)"""
+    """What makes ``now`` another run than ``before``: all that decides a weight. (Data is told by its fingerprint.)"""
     found = []
     for key in ("seed", "grad_clip", "model", "optim", "precision", "stages"):
         old, new = getattr(before, key), getattr(now, key)
@@ -219,7 +222,7 @@ def make_deterministic(config: TrainConfig, device: torch.device) -> None:
         torch.set_num_threads(config.threads)
     # On CUDA some integer operations only warn: they have no deterministic twin, but are exact in any order.
     torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.manual_seed(config.seed)
 
 
@@ -262,10 +265,11 @@ class Validator:
         self.config, self.data = config, data
         self.stores, self.token_bytes = data.validation, data.token_bytes(device)
 
-    def __call__(self, model: Transformer, plan: Plan) -> Evaluation | None:
+    def __call__(self, model: Transformer, plan: Plan, whole: bool = False) -> Evaluation | None:
+        """By the rows and the attention of ``plan``; ``whole`` reads all of the split, whatever the config allows."""
         if not self.stores:
             return None
-        tokens, batch = self.config.validation.tokens, self.config.micro_batch_tokens
+        tokens, batch = None if whole else self.config.validation.tokens, self.config.micro_batch_tokens
         length, pad = plan.sequence_length, self.data.eos
         return evaluate(model, self.stores, self.token_bytes, length, plan.attention, tokens, batch, pad)
 
@@ -342,7 +346,7 @@ class Meter:
 
 
 def load_metrics(load: dict[str, Tensor]) -> Row:
-    """Largest and smallest share of an expert in its layer, times the number of experts (1 = even), and dead experts."""
+    """Largest and smallest load of an expert over the mean of its layer (1 = even), and experts without a token."""
     if not load:
         return {}
     counts = torch.stack([count.float() for count in load.values()]).cpu()  # [blocks, E]
@@ -354,7 +358,12 @@ def load_metrics(load: dict[str, Tensor]) -> Row:
 
 
 def introduce(
-    terminal: Terminal, config: TrainConfig, optimizers: Optimizers, data: Dataset, resumed: Path | None, state: TrainState
+    terminal: Terminal,
+    config: TrainConfig,
+    optimizers: Optimizers,
+    data: Dataset,
+    resumed: Path | None,
+    state: TrainState,
 ) -> None:
     """Prints what is about to be trained, on what, from where."""
     print_ = terminal.console.print

@@ -59,6 +59,8 @@ class Terminal:
 
     def __init__(self, total_steps: int, done: int) -> None:
         self.console = Console(highlight=False, soft_wrap=True)
+        if not self.console.is_terminal:
+            self.console.width = 120  # a log file has no width of its own
         self._total, self._printed = total_steps, 0.0
         self._bar = Progress(
             TextColumn("step {task.completed}/{task.total}"),
@@ -94,7 +96,7 @@ class Terminal:
 
 
 class WandbLog:
-    """Weights & Biases, the same run on every resume. Whatever fails there is reported once and never stops training."""
+    """Weights & Biases, the same run on every resume. What fails there is reported once and never stops training."""
 
     def __init__(self, mode: str, project: str, name: str, folder: Path, config: Mapping[str, Any]) -> None:
         self._run: Any = None
@@ -192,7 +194,9 @@ def group_table(optimizers: Optimizers) -> Table:
     """Which parameters go to which optimizer, to print at start."""
     table = Table("group", "optimizer", "tensors", "matrices", "parameters", "shapes", title="parameter groups")
     for row in optimizers.table():
-        shapes = ", ".join("x".join(map(str, shape)) for shape in row.shapes[:3]) + (" ..." if len(row.shapes) > 3 else "")
+        shapes = ", ".join("x".join(map(str, shape)) for shape in row.shapes[:3]) + (
+            " ..." if len(row.shapes) > 3 else ""
+        )
         table.add_row(
             row.group, row.optimizer, str(row.tensors), str(row.matrices or "-"), f"{row.parameters:,}", shapes
         )

@@ -1,0 +1,54 @@
+# Every target works as the first command on a fresh machine with Python 3.11 to 3.13: it makes .venv and installs what it needs.
+PYTHON ?= python3
+BIN = .venv/bin
+TORCH = $(shell grep '^torch==' constraints.txt)
+PIP_INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+export PYTHONSAFEPATH = 1
+
+.PHONY: setup smoke test test-all check bench gpu clean
+
+# torch comes first and pinned: asked for by range, pip may take a build of several GB for another kind of machine.
+.venv/.runtime: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
+		|| { echo "openv4 needs Python 3.11 to 3.13, $(PYTHON) is $$($(PYTHON) --version); set PYTHON=..."; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv \
+		|| { echo "cannot make .venv; on Debian: apt-get install python3-venv"; exit 1; }
+	@echo "installing openv4 into .venv (about two minutes) ..."
+	@$(PIP_INSTALL) $(TORCH)
+	@$(PIP_INSTALL) -e .
+	@touch $@
+
+.venv/.dev: .venv/.runtime
+	@echo "installing the test tools ..."
+	@$(PIP_INSTALL) -e '.[dev]'
+	@touch $@
+
+setup: .venv/.dev
+
+smoke: .venv/.runtime
+	$(BIN)/openv4 train run=smoke
+
+test: .venv/.dev
+	$(BIN)/pytest -m "not slow and not gpu"
+
+test-all: .venv/.dev
+	$(BIN)/pytest -m "not gpu"
+
+# mypy and pyright see the repository under its import name through .ns/openv4 -> ..
+check: .venv/.dev
+	@mkdir -p .ns && ln -sfn .. .ns/openv4
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest tests/test_imports.py
+
+# Speed of the training step on this machine, written to docs/results/.
+bench: .venv/.dev
+	$(BIN)/pytest tests/test_benchmark.py --bench
+
+# On a machine with a CUDA device: the tests marked gpu.
+gpu: .venv/.dev
+	$(BIN)/pytest -m gpu
+
+clean:
+	rm -rf .venv .ns build *.egg-info .mypy_cache .ruff_cache .pytest_cache
