@@ -44,7 +44,7 @@ check: .venv/.dev
 
 # Speed of the training step on this machine, written to docs/results/.
 bench: .venv/.dev
-	$(BIN)/pytest tests/test_benchmark.py --bench
+	$(BIN)/pytest tests/test_benchmark.py --bench -s
 
 # On a machine with a CUDA device: the tests marked gpu.
 gpu: .venv/.dev
