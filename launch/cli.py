@@ -2,9 +2,10 @@
 
 import importlib
 import os
+import re
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import hydra
 from omegaconf import DictConfig
@@ -53,10 +54,7 @@ def main() -> None:
         else:
             module.run(load(name, module.CONFIG, arguments))
     except USER_ERRORS as error:
-        if os.environ.get("OPENV4_TRACEBACK"):
-            raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        _fail(error)
     except KeyboardInterrupt:
         print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
         sys.exit(130)
@@ -65,17 +63,26 @@ def main() -> None:
 def _hydra_application(name: str, schema: type[Any], run: Callable[[Any], None], arguments: list[str]) -> None:
     """Hydra's own flags: --help, --cfg job, --multirun and the rest."""
     flags = [argument for argument in arguments if argument.startswith("-") or "=" not in argument]
-    sys.argv = [f"openv4 {name}", *flags, *normalize(name, [a for a in arguments if a not in flags])]
+    overrides = normalize(name, schema, [argument for argument in arguments if argument not in flags])
+    # Hydra's own logging would leave a file in the working directory.
+    sys.argv = [f"openv4 {name}", *flags, "hydra/job_logging=none", *overrides]
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)
     def application(config: DictConfig) -> None:
         try:
             run(from_yaml(schema, config))
         except USER_ERRORS as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-            sys.exit(2)
+            _fail(error)
 
     application()
+
+
+def _fail(error: Exception) -> NoReturn:
+    """One line and exit code 2; OPENV4_TRACEBACK=1 shows where the error came from."""
+    if os.environ.get("OPENV4_TRACEBACK"):
+        raise error
+    print("error:", re.sub(r"\s*\n\s*", " ", str(error)), file=sys.stderr)
+    sys.exit(2)
 
 
 def _help() -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ..train.checkpoint import load_model
+from ..train.checkpoint import find_tokenizer, load_model
 from ..train.config import ConfigError, DataConfig, TrainConfig, from_yaml
 from ..train.dataset import open_dataset
 from ..train.evaluation import evaluate
@@ -29,6 +29,12 @@ class EvaluateConfig:
     tokens: int | None = None
     batch_tokens: int = 4096
 
+    def __post_init__(self) -> None:
+        for key in ("sequence_length", "tokens", "batch_tokens"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ConfigError(f"{key}={value} must be at least 1")
+
 
 CONFIG = EvaluateConfig
 
@@ -42,6 +48,11 @@ def run(config: EvaluateConfig) -> None:
             raise ConfigError(f"{config.checkpoint} is no run of ours: name the text with data=<prepared folder>")
         data = trained[1].data
     dataset = open_dataset(data, trained[0] if trained else Path(), model.config.vocab_size)
+    own = find_tokenizer(config.checkpoint)
+    if own is not None and own.read_bytes() != dataset.tokenizer_path.read_bytes():
+        raise ConfigError(
+            f"{dataset.folders[0].folder} was prepared with another tokenizer; prepare it with tokenizer={own}"
+        )
     if not dataset.validation:
         raise ConfigError(f"{dataset.folders[0].folder} has no validation documents; prepare more than one document")
     last = trained[1].stages[-1] if trained else None

@@ -1,10 +1,13 @@
 """``openv4 export``: a run's weights in the released format, which transformers and inference engines load."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from ..model.released import save_pretrained
 from ..train.checkpoint import find_tokenizer, find_weights, load_model
+from ..train.config import ConfigError
 
 
 @dataclass(frozen=True)
@@ -18,8 +21,12 @@ class ExportConfig:
 
     checkpoint: str
     output: str
-    format: str = "bf16"
+    format: Literal["bf16", "fp32"] = "bf16"
     max_shard_gb: float = 5.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.max_shard_gb < math.inf:
+            raise ConfigError(f"max_shard_gb={self.max_shard_gb} must be positive")
 
 
 CONFIG = ExportConfig

@@ -1,5 +1,6 @@
 """``openv4 generate``: continue a text."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +33,7 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         for key, good, rule in (
             ("max_new_tokens", self.max_new_tokens > 0, "positive"),
-            ("temperature", self.temperature >= 0, "0 or more"),
+            ("temperature", 0 <= self.temperature < math.inf, "0 or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0, at most 1"),
         ):
             if not good:
@@ -50,6 +51,8 @@ def run(config: GenerateConfig) -> None:
     tokenizer = load_tokenizer(path)
     tokenizer.encode_special_tokens = False  # a prompt may hold <think> and its like
     prompt = [model.config.bos_token_id, *tokenizer.encode(config.prompt, add_special_tokens=False).ids]
+    if max(prompt) >= model.config.vocab_size:
+        raise ConfigError(f"{path}: gives token id {max(prompt)}, the model's vocab_size is {model.config.vocab_size}")
     ids = generate(
         model,
         prompt,

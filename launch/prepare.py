@@ -1,5 +1,6 @@
 """``openv4 prepare``: text files to token shards."""
 
+import shlex
 import time
 from pathlib import Path
 
@@ -12,7 +13,7 @@ CONFIG = PrepareConfig
 
 
 def run(config: PrepareConfig) -> None:
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     start = time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as bar:
@@ -28,4 +29,4 @@ def run(config: PrepareConfig) -> None:
         console.print(f"{'skipped':>12}: {manifest.skipped:,} empty documents")
     console.print(f"{'tokenizer':>12}: {manifest.vocab_size:,} entries")
     console.print(f"{'written':>12}: {Path(config.output)} in {time.monotonic() - start:.1f} s")
-    console.print(f"    try next: openv4 train run=smoke data={config.output}", markup=False)
+    console.print(f"    try next: openv4 train run=smoke data={shlex.quote(config.output)}")

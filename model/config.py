@@ -1,6 +1,7 @@
 """The architecture's numbers: read from a preset or from a released ``config.json``, checked once, never changed."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -28,6 +29,9 @@ class YarnConfig:
     original_max_position_embeddings: int = 65536
     beta_fast: float = 32.0
     beta_slow: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_numbers(self, "model.rope_scaling.")
 
 
 @dataclass(frozen=True)
@@ -78,10 +82,9 @@ class ModelConfig:
     hc_init: Literal["zero", "identity"] = "zero"
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type is int and value < (0 if field.name in _MAY_BE_ZERO else 1):
-                raise ModelConfigError(f"model.{field.name}={value} must be positive")
+        _check_numbers(self, "model.")
+        for ratio in self.compress_ratios:
+            self._require(type(ratio) is int and ratio >= 0, "compress_ratios", "must be whole numbers, 0 or more")
         blocks = self.num_hidden_layers + self.num_nextn_predict_layers
         ratios, types = self.compress_ratios, self.layer_types
         if len(ratios) == self.num_hidden_layers:  # an MTP block is window-only unless said otherwise
@@ -101,7 +104,8 @@ class ModelConfig:
                     f"model.layer_types[{layer}]={kind!r} does not go with compress_ratios[{layer}]="
                     f"{self.compress_ratios[layer]}: 0 is for sliding_attention, and only for it"
                 )
-        self._require(all(r >= 0 for r in self.compress_ratios), "compress_ratios", "must not be negative")
+        for key in ("bos_token_id", "eos_token_id"):
+            self._require(getattr(self, key) < self.vocab_size, key, f"is beyond vocab_size={self.vocab_size}")
         self._require(self.num_attention_heads % self.o_groups == 0, "o_groups", "must divide num_attention_heads")
         self._require(self.num_experts_per_tok <= self.n_routed_experts, "num_experts_per_tok", "exceeds the experts")
         self._require(self.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", "must be even")
@@ -142,10 +146,14 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ModelConfig":
         """From the parsed ``config.json``; keys that say nothing about the architecture are ignored."""
+        if not isinstance(values, Mapping):
+            raise ModelConfigError("not a JSON object with the keys of a model's config.json")
+        for key, kind in _CONTAINERS.items():
+            if not isinstance(values.get(key), kind | None):
+                raise ModelConfigError(f"{key}={values[key]!r} must be a JSON {'list' if kind is list else 'object'}")
         _refuse_other_architectures(values)
         known = {field.name for field in fields(cls)}
         mine = {key: value for key, value in values.items() if key in known and value is not None}
-        layers = int(values.get("num_hidden_layers", 0))
         rope = values.get("rope_parameters") or {}
         scaling = values.get("rope_scaling") or rope.get("compress") or rope
         mine["rope_scaling"] = _yarn(scaling)
@@ -154,10 +162,12 @@ class ModelConfig:
             mine["rope_theta"] = rope.get("main", {}).get("rope_theta", cls.rope_theta)
         if "qk_rope_head_dim" not in mine and "head_dim" in mine:
             mine["qk_rope_head_dim"] = int(mine["head_dim"] * values.get("partial_rotary_factor", 0.125))
-        if "mlp_layer_types" in values:
-            mine["num_hash_layers"] = sum(kind == "hash_moe" for kind in values["mlp_layer_types"][:layers])
+        if routers := values.get("mlp_layer_types"):
+            mine["num_hash_layers"] = count = routers.count("hash_moe")
+            if "hash_moe" in routers[count:]:
+                raise ModelConfigError(f"mlp_layer_types={routers}: hash-routed layers must come first")
         types = values.get("layer_types") or ()
-        if "compress_ratios" not in values and types:
+        if not values.get("compress_ratios") and types:
             rates = {"compressed_sparse_attention": 4, "heavily_compressed_attention": 128}
             rates.update(values.get("compress_rates") or {})
             mine["compress_ratios"] = [rates.get(kind, 0) for kind in types]
@@ -194,7 +204,29 @@ class ModelConfig:
         return values
 
 
+def _check_numbers(config: Any, prefix: str) -> None:
+    """Whole numbers are positive, or 0 where that has a meaning, and fit a tensor's shape; others are positive."""
+    for field in fields(config):
+        value, name = getattr(config, field.name), prefix + field.name
+        if field.type is int:
+            lowest = 0 if field.name in _MAY_BE_ZERO else 1
+            if type(value) is not int or not lowest <= value < 2**31:
+                rule = "positive" if isinstance(value, int) and value < lowest else "a whole number below 2^31"
+                raise ModelConfigError(f"{name}={value!r} must be {rule}")
+        elif field.type is float and (type(value) not in (int, float) or not 0 < value < math.inf):
+            raise ModelConfigError(f"{name}={value!r} must be a positive number")
+
+
 _MAY_BE_ZERO = ("num_hash_layers", "num_nextn_predict_layers", "bos_token_id", "eos_token_id")
+
+_CONTAINERS: dict[str, type] = {
+    "compress_ratios": list,
+    "layer_types": list,
+    "mlp_layer_types": list,
+    "compress_rates": dict,
+    "rope_parameters": dict,
+    "rope_scaling": dict,
+}
 
 # What other models under a similar config would ask for, and this code does not do.
 _FIXED = {

@@ -44,6 +44,8 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     """Draws a token id from ``logits [V]``."""
     if temperature == 0:
         return int(logits.argmax())
-    probability, order = (logits / temperature).softmax(-1).sort(descending=True, stable=True)
-    kept = probability.cumsum(0) - probability < top_p  # always the likeliest one
-    return int(order[torch.multinomial(probability * kept, 1, generator=generator)])
+    scaled = (logits.double() - logits.max()) / temperature  # finite at any temperature
+    probability, order = scaled.softmax(-1).sort(descending=True, stable=True)
+    if top_p < 1:  # at 1, rounding of the sum must not drop the tail
+        probability = probability * (probability.cumsum(0) - probability < top_p)  # always keeps the likeliest one
+    return int(order[torch.multinomial(probability, 1, generator=generator)])

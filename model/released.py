@@ -24,6 +24,9 @@ from .transformer import Transformer
 FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 INDEX = "model.safetensors.index.json"
 
+# What can be read, in safetensors' names.
+_FLOATS, _INTEGERS = ("F32", "BF16", "F16"), ("I64", "I32")
+
 # Kept in float32 in every format, as in the released files.
 _ALWAYS_FP32 = ("_fn", "_base", "_scale", "attn_sink", ".ape", "gate.bias")
 
@@ -128,6 +131,7 @@ def load_pretrained(
     config = ModelConfig.from_json(folder)
     with torch.device("meta"):
         model = Transformer(config)
+    check_weights(model, folder)  # before a wrong config.json makes us ask for its memory
     for name, tensor in model.state_dict().items():
         _assign(model, name, torch.empty_like(tensor, dtype=_stored_dtype(name, tensor, dtype), device=device))
     fill_weights(model, folder)
@@ -136,17 +140,31 @@ def load_pretrained(
 
 def fill_weights(model: Transformer, folder: Path) -> None:
     """Copies the tensors of ``folder`` into ``model``, whose dtypes and device stay; strict, as ``load_pretrained``."""
+    files = check_weights(model, folder)
+    wanted = dict(released_tensors(model))
+    with torch.no_grad():
+        for file in files:
+            with open_tensors(file) as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                    wanted[name].copy_(tensors.get_tensor(name))
+
+
+def check_weights(model: Transformer, folder: Path) -> list[Path]:
+    """The files of ``folder``, after comparing the names and shapes in their headers with those of ``model``."""
     wanted = dict(released_tensors(model))
     files = weight_files(folder)
     found: dict[str, Path] = {}
     misshapen = []
     for file in files:
         with open_tensors(file) as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a dict)
+            for name in tensors.keys():  # noqa: SIM118
                 found[name] = file
-                shape = tuple(tensors.get_slice(name).get_shape())
+                stored = tensors.get_slice(name)
+                shape, dtype = tuple(stored.get_shape()), stored.get_dtype()
                 if name in wanted and shape != tuple(wanted[name].shape):
                     misshapen.append(f"{name} is {shape}, not {tuple(wanted[name].shape)}")
+                elif name in wanted and dtype not in (_FLOATS if wanted[name].dtype.is_floating_point else _INTEGERS):
+                    misshapen.append(f"{name} is of type {dtype}")
     problems = {
         "missing": [name for name in wanted if name not in found],
         "unexpected": [name for name in found if name not in wanted],
@@ -155,11 +173,7 @@ def fill_weights(model: Transformer, folder: Path) -> None:
     if any(problems.values()):
         listed = "; ".join(f"{len(names)} {kind}: {_shorten(names)}" for kind, names in problems.items() if names)
         raise WeightsError(f"{folder}: these weights do not fit its config.json ({listed})")
-    with torch.no_grad():
-        for file in files:
-            with open_tensors(file) as tensors:
-                for name in tensors.keys():  # noqa: SIM118
-                    wanted[name].copy_(tensors.get_tensor(name))
+    return files
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -193,11 +207,11 @@ def open_tensors(file: Path) -> Iterator[Any]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A safetensors file, on disk when this returns."""
+    """A safetensors file, on disk when this returns; OSError where the disk refuses."""
     try:
         save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, path, metadata={"format": "pt"})
     except SafetensorError as error:
-        raise WeightsError(f"{path.parent}: cannot write ({error}); free some space or choose another folder") from None
+        raise OSError(str(error)) from None
     sync(path)
 
 

@@ -189,11 +189,11 @@ class Schedule:
         self._runs.append(_Run(step, tokens, self.stages[-1].batch_tokens))
         # The learning rate starts to move at the step that first reaches it.
         self._decay_starts = [
-            self._tokens_before(first + max(stage.warmup_steps - 1, 0))
+            self.tokens_before(first + max(stage.warmup_steps - 1, 0))
             for first, stage in zip(self._first_steps, self.stages, strict=True)
         ]
         self.total_steps = step if steps is None else steps
-        self.total_tokens = self._tokens_before(self.total_steps)
+        self.total_tokens = self.tokens_before(self.total_steps)
 
     def plan(self, step: int, tokens: int) -> Plan | None:
         """The next step's plan after `step` completed steps and `tokens` seen tokens; None when the run is over."""
@@ -225,7 +225,7 @@ class Schedule:
             done = 0.5 * (1 - math.cos(math.pi * done))
         return stage.lr * (1 - done) + stage.final_lr * done  # exact at both ends
 
-    def _tokens_before(self, step: int) -> int:
+    def tokens_before(self, step: int) -> int:
         """Tokens seen before the step of that index, when every earlier batch was whole."""
         run = self._runs[bisect_right(self._runs, step, key=lambda run: run.step) - 1]
         return run.tokens + (step - run.step) * run.batch_tokens

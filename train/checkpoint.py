@@ -5,12 +5,13 @@
                            optimizer.safetensors             momentum and moments, by parameter name
                            state.json                        steps, tokens, data position
                            manifest.json                     size and SHA-256 of every other file
-<run>/checkpoints/latest   the name of the newest complete one; moved last
+<run>/checkpoints/latest   the name of the newest; moved last
 """
 
 import hashlib
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ from ..optim.groups import Optimizers
 
 FORMAT = 1
 _MAX_SHARD_BYTES = 5_000_000_000
+_NAME = re.compile("step_[0-9]+")
 
 
 class CheckpointError(ValueError):
@@ -64,7 +66,7 @@ def save_checkpoint(
 ) -> Path:
     """Writes ``step_N``, then points ``latest`` at it, then removes all but the newest ``keep``."""
     folder = checkpoints / f"step_{state.step}"
-    if folder.exists():  # left by a run that was stopped between this rename and the move of `latest`
+    if folder.exists():  # without a manifest: a complete one would have been resumed from
         shutil.rmtree(folder)
     try:
         with new_folder(folder) as temporary:
@@ -73,16 +75,26 @@ def save_checkpoint(
             write_json(temporary / "state.json", state.state_dict())
             files = {p.name: {"bytes": p.stat().st_size, "sha256": _checksum(p)} for p in sorted(temporary.iterdir())}
             write_json(temporary / "manifest.json", {"format": FORMAT, "step": state.step, "files": files})
+        make_latest(folder, keep)
     except WeightsError as error:
         raise CheckpointError(f"checkpoint of step {state.step} not written: {error}") from None
+    except OSError as error:
+        raise CheckpointError(f"{checkpoints}: cannot write ({error}); free some space and resume") from None
+    return folder
+
+
+def make_latest(folder: Path, keep: int) -> None:
+    """Points ``latest`` at a checkpoint and removes all but the newest ``keep``: the end of every save, and done again
+    on resume, where it completes a save that was killed before it."""
+    checkpoints = folder.parent
     pointer = checkpoints / ".latest"
     pointer.write_text(folder.name + "\n")
     sync(pointer)
     pointer.rename(checkpoints / "latest")
     sync(checkpoints)
     for old in complete_checkpoints(checkpoints)[:-keep]:
-        shutil.rmtree(old)
-    return folder
+        # Out of sight first: a kill during the removal leaves no half of a checkpoint.
+        shutil.rmtree(old.rename(checkpoints / f".{old.name}-old"))
 
 
 def load_checkpoint(folder: Path, model: Transformer, optimizers: Optimizers, state: TrainState) -> None:
@@ -127,23 +139,29 @@ def verify(folder: Path) -> None:
             raise CheckpointError(
                 f"{path}: checksum {found[:12]} instead of {checksum[:12]}, the file changed; {way_out}"
             )
+    # All that no checksum covers yet; without this, a flipped bit in it would pass.
+    if manifest.get("step") != (step := json.loads((folder / "state.json").read_text())["step"]):
+        found = manifest.get("step")
+        raise CheckpointError(f"{folder / 'manifest.json'}: step {found!r}, but state.json says {step}; {way_out}")
 
 
 def complete_checkpoints(checkpoints: Path) -> list[Path]:
     """All published checkpoints, oldest first."""
-    found = [path for path in checkpoints.glob("step_*") if (path / "manifest.json").exists()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+    found = [path for path in checkpoints.glob("step_*") if _NAME.fullmatch(path.name)]
+    return sorted((path for path in found if (path / "manifest.json").exists()), key=_step)
 
 
 def latest_checkpoint(checkpoints: Path) -> Path | None:
-    """What ``latest`` points at; the newest complete one if that has been removed; None if there is none."""
+    """The newest: what ``latest`` names, or a newer complete one, where a save was killed before it moved ``latest``.
+
+    None if there is none. One that ``latest`` names need not be complete: loading it then tells what is missing.
+    """
+    found = complete_checkpoints(checkpoints)
     pointer = checkpoints / "latest"
-    if pointer.exists():
-        folder = checkpoints / pointer.read_text().strip()
-        if folder.parent == checkpoints and folder.is_dir():
-            return folder
-    complete = complete_checkpoints(checkpoints)
-    return complete[-1] if complete else None
+    name = pointer.read_text(errors="replace").strip() if pointer.exists() else ""
+    if _NAME.fullmatch(name) and (checkpoints / name).is_dir():
+        found.append(checkpoints / name)
+    return max(found, key=_step, default=None)
 
 
 def find_weights(path: str | Path) -> Path:
@@ -181,6 +199,10 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: str
     return load_pretrained(find_weights(path), dtype, device)
 
 
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
+
+
 def _checksum(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -201,7 +223,7 @@ def _restore_random_state(tensors: dict[str, Tensor]) -> None:
 
 
 def remove_leftovers(checkpoints: Path) -> None:
-    """Deletes the temporary folders of saves that were killed."""
+    """Deletes what saves and removals that were killed left."""
     for path in checkpoints.glob(".step_*"):
         shutil.rmtree(path, ignore_errors=True)
     with os.scandir(checkpoints) as entries:

@@ -4,23 +4,26 @@ nearest valid name."""
 
 import dataclasses
 import difflib
+import math
 import re
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from ..data.loader import SourceConfig
 from ..model.config import ModelConfig
 from ..optim.groups import OptimConfig
-from ..optim.schedule import Stage
+from ..optim.schedule import Schedule, Stage
 
 CONF = Path(__file__).parents[1] / "conf"
 
@@ -73,7 +76,7 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         if self.every < 0 or self.keep < 1:
             raise ConfigError(
-                f"checkpoint.every={self.every} and checkpoint.keep={self.keep}: at least 0 and at least 1"
+                f"checkpoint.every={self.every} and checkpoint.keep={self.keep}: must be at least 0 and at least 1"
             )
 
 
@@ -90,14 +93,18 @@ class ValidationConfig:
     byte_model_order: int | None = None
 
     def __post_init__(self) -> None:
-        if self.every < 0 or (self.tokens is not None and self.tokens < 1):
-            raise ConfigError(f"validation.every={self.every}, validation.tokens={self.tokens}: must be positive")
+        if self.every < 0:
+            raise ConfigError(f"validation.every={self.every} must not be negative")
+        if self.tokens is not None and self.tokens < 1:
+            raise ConfigError(f"validation.tokens={self.tokens} must be at least 1, or null for all")
+        if self.byte_model_order is not None and not 0 <= self.byte_model_order <= 6:
+            raise ConfigError(f"validation.byte_model_order={self.byte_model_order} must be 0 to 6, or null for none")
 
 
 @dataclass(frozen=True)
 class LoggingConfig:
     """Attributes:
-    every: optimizer steps between rows of metrics.jsonl.
+    every: optimizer steps between rows of metrics.jsonl; the first step and those with a validation always have one.
     wandb: auto (online where WANDB_API_KEY is set, else offline), online, offline or disabled.
     project: W&B project.
     peak_tflops: of the device at the training dtype, for MFU; null looks it up or, on a CPU, measures it.
@@ -114,6 +121,10 @@ class LoggingConfig:
     def __post_init__(self) -> None:
         if self.every < 1:
             raise ConfigError(f"logging.every={self.every} must be at least 1")
+        if self.sample_tokens < 1:
+            raise ConfigError(f"logging.sample_tokens={self.sample_tokens} must be at least 1")
+        if self.peak_tflops is not None and not 0 < self.peak_tflops < math.inf:
+            raise ConfigError(f"logging.peak_tflops={self.peak_tflops} must be positive, or null")
 
 
 @dataclass(frozen=True)
@@ -146,11 +157,14 @@ class TrainConfig:
     threads: int | None = None
 
     def __post_init__(self) -> None:
+        for key in ("name", "output"):
+            if not getattr(self, key):
+                raise ConfigError(f"{key} is empty; give the run a {'name' if key == 'name' else 'folder'}")
         if not self.stages:
             raise ConfigError("stages is empty: a run needs at least one stage")
         if self.steps is not None and self.steps < 1:
             raise ConfigError(f"steps={self.steps} must be at least 1, or null for all stages")
-        if self.grad_clip is not None and self.grad_clip <= 0:
+        if self.grad_clip is not None and not self.grad_clip > 0:
             raise ConfigError(f"grad_clip={self.grad_clip} must be positive, or null for none")
         for stage in self.stages:
             if stage.sequence_length > self.model.max_position_embeddings:
@@ -160,6 +174,9 @@ class TrainConfig:
                 )
         if self.micro_batch_tokens < 1:
             raise ConfigError(f"micro_batch_tokens={self.micro_batch_tokens} must be positive")
+        if self.threads is not None and self.threads < 1:
+            raise ConfigError(f"threads={self.threads} must be at least 1, or null for torch's choice")
+        Schedule(self.stages, self.steps)  # refuses stages that do not go together
 
 
 def load_config(overrides: Sequence[str] = ()) -> TrainConfig:
@@ -173,20 +190,30 @@ def load(name: str, schema: type[T], overrides: Sequence[str]) -> T:
     Raises:
         ConfigError: unknown key, value or preset, wrong type, values that contradict each other.
     """
-    overrides = normalize(name, overrides)
+    overrides = normalize(name, schema, overrides)
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             composed = compose(name, overrides=list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error)) from None
+    except (TypeError, ValueError) as error:  # how OmegaConf refuses the index of a list
+        raise ConfigError(f"{_explain(error)}; the items of a list have numbers, as in stages.0.lr=1e-3") from None
     return from_yaml(schema, composed)
 
 
 def from_yaml(schema: type[T], config: DictConfig | str) -> T:
-    """A composed config, or the text of a saved ``config.yaml``, as ``schema``."""
+    """A composed config, or the text of a saved ``config.yaml``, as ``schema``.
+
+    ``${key}`` takes the value of another key. ``${oc.env:NAME}`` and every other resolver is refused: what it reads
+    from this machine (a secret, maybe) would be written to ``config.yaml`` and sent to W&B.
+    """
     try:
-        values = OmegaConf.to_container(OmegaConf.create(config), resolve=True)
-    except OmegaConfBaseException as error:
+        node = OmegaConf.create(config)
+        for text in _texts(OmegaConf.to_container(node)):
+            if found := _RESOLVER.search(text):
+                raise ConfigError(f"{found[0]}...}}: only ${{key}} is understood; let the shell put other values in")
+        values = OmegaConf.to_container(node, resolve=True)
+    except (OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(_explain(error)) from None
     result: T = _convert(schema, values, "")
     return result
@@ -194,7 +221,30 @@ def from_yaml(schema: type[T], config: DictConfig | str) -> T:
 
 def to_yaml(config: Any) -> str:
     """The resolved config as YAML that ``from_yaml`` reads back."""
-    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
+    return OmegaConf.to_yaml(OmegaConf.create(_escaped(dataclasses.asdict(config))))
+
+
+# Some backslashes escape each other; an odd one before ``${`` makes it plain text.
+_RESOLVER = re.compile(r"(?<!\\)(?:\\\\)*\$\{[^${}]*:")
+
+
+def _texts(values: Any) -> Iterator[str]:
+    if isinstance(values, dict):
+        values = list(values.values())
+    if isinstance(values, list):
+        for value in values:
+            yield from _texts(value)
+    elif isinstance(values, str):
+        yield values
+
+
+def _escaped(values: Any) -> Any:
+    """``values`` with every ``${`` marked as plain text."""
+    if isinstance(values, dict):
+        return {key: _escaped(value) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [_escaped(value) for value in values]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", values) if isinstance(values, str) else values
 
 
 def presets_of(name: str) -> dict[str, list[str]]:
@@ -204,30 +254,59 @@ def presets_of(name: str) -> dict[str, list[str]]:
     return {group: sorted(file.stem for file in (CONF / group).glob("*.yaml")) for group in groups}
 
 
-def normalize(name: str, overrides: Sequence[str]) -> list[str]:
+def normalize(name: str, schema: type[Any], overrides: Sequence[str]) -> list[str]:
     """The overrides of command ``name`` as Hydra should see them.
 
     A preset that does not exist is refused with the nearest name; ``data=<folder>`` means ``data.path=<folder>``; a
-    value override may set any key that the dataclasses know, whether or not the YAML mentions it.
+    value override may set any key that the dataclasses know, whether or not the YAML mentions it; the value of a key
+    that holds text is that text, whatever characters are in it.
     """
     presets, normal = presets_of(name), []
     for override in overrides:
         key, equals, value = override.partition("=")
-        if equals and value in presets.get(key, ()):
+        if not key.strip("+~ ") or not (equals or key[0] == "~"):
+            raise ConfigError(f"{override!r} is not key=value")
+        if value in presets.get(key, ()):
             normal.append(override)
-        elif key == "data" and equals and (Path(value).exists() or "/" in value):
-            quoted = value.replace("\\", "\\\\").replace("'", "\\'")
-            normal.append(f"++data.path='{quoted}'")
-        elif equals and key in presets:
+        elif key == "data" and (Path(value).exists() or "/" in value):
+            normal.append(f"++data.path={_quoted(value)}")
+        elif key == "data" and equals:
+            hint = f", no such preset{_nearest(value, presets[key])}" if key in presets else ""
+            raise ConfigError(f"{override}: no such folder{hint}")
+        elif key in presets and equals:
             raise ConfigError(f"{override}: no such preset{_nearest(value, presets[key])}")
         else:
-            normal.append(f"++{override}" if equals and key and key[0] not in "+~" else override)
+            if equals and _is_text(schema, key.lstrip("+")) and not _hydra_spelling(value):
+                override = f"{key}={_quoted(value)}"
+            normal.append(override if key[0] in "+~" else f"++{override}")
     for override, prepared in zip(overrides, normal, strict=True):
-        try:
-            OverridesParser.create().parse_override(prepared)
-        except HydraException:
-            raise ConfigError(f"{override!r} is not key=value; quote values that hold special characters") from None
+        if not _parses(prepared):
+            raise ConfigError(f"{override!r} is not key=value; quote values that hold special characters")
     return normal
+
+
+def _quoted(text: str) -> str:
+    return str(QuotedString(text, Quote.single).with_quotes())
+
+
+def _hydra_spelling(value: str) -> bool:
+    """Whether a text is given as Hydra wants it: null, or in quotes of its own."""
+    return value == "null" or (value[:1] in ("'", '"') and value[0] == value[-1] and _parses(f"key={value}"))
+
+
+def _parses(override: str) -> bool:
+    try:
+        OverridesParser.create().parse_override(override)
+    except HydraException:
+        return False
+    return True
+
+
+def _is_text(schema: Any, key: str) -> bool:
+    """Whether the dataclasses say that ``key`` holds a text."""
+    for part in key.split("."):
+        schema = get_type_hints(schema).get(part) if dataclasses.is_dataclass(schema) else None
+    return schema in (str, str | None)
 
 
 def _convert(kind: Any, value: Any, path: str) -> Any:
@@ -245,7 +324,7 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{path}={value!r} must be a list")
-        return tuple(_convert(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(value))
+        return tuple(_convert(arguments[0], item, f"{path}.{i}") for i, item in enumerate(value))
     if dataclasses.is_dataclass(kind):
         return _build(kind, value, path)
     return _scalar(kind, value, path)
@@ -270,7 +349,8 @@ def _build(schema: Any, values: Any, path: str) -> Any:
     except ConfigError:
         raise
     except ValueError as error:  # the dataclass's own checks, which name key, value and way out
-        raise ConfigError(f"{path}: {error}" if "[" in path else str(error)) from None
+        in_list = any(part.isdigit() for part in path.split("."))
+        raise ConfigError(f"{path}: {error}" if in_list else str(error)) from None
 
 
 def _scalar(kind: type, value: Any, path: str) -> Any:
@@ -292,6 +372,7 @@ def _nearest(name: str, known: list[str]) -> str:
 
 
 def _explain(error: Exception) -> str:
-    """The first lines of Hydra's or OmegaConf's message, as one."""
-    text = re.sub(r"\s+", " ", str(error).split("\nSee ")[0]).strip()
-    return text.removesuffix(".")
+    """The first lines of Hydra's or OmegaConf's message, as one, and those of its cause."""
+    text = re.sub(r"\n *full_key: (\S*)\n *object_type=.*", r" (\1)", str(error).split("\nSee ")[0])
+    text = re.sub(r"\s+", " ", text).strip().removesuffix(".")
+    return f"{text}: {_explain(error.__cause__)}" if isinstance(error.__cause__, Exception) else text

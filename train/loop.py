@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -27,16 +28,27 @@ from ..optim.schedule import Plan, Schedule
 from .checkpoint import (
     CheckpointError,
     TrainState,
-    complete_checkpoints,
     latest_checkpoint,
     load_checkpoint,
+    make_latest,
     remove_leftovers,
     save_checkpoint,
 )
 from .config import ConfigError, TrainConfig, from_yaml, to_yaml
 from .dataset import Dataset, open_dataset
 from .evaluation import Evaluation, evaluate
-from .metrics import MetricsFile, Row, Terminal, WandbLog, group_table, peak_flops, plot_loss, write_environment
+from .metrics import (
+    MetricsFile,
+    Row,
+    Terminal,
+    WandbLog,
+    finite,
+    group_table,
+    peak_flops,
+    plot_loss,
+    read_metrics,
+    write_environment,
+)
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -125,8 +137,9 @@ def train(config: TrainConfig) -> Path:
         model.to(device)
         optimizers = build_optimizers(model.named_parameters(), model.row_splits(), config.optim)
         state = TrainState(data=loader.state_dict(), fingerprint=data.fingerprint)
-        resumed = restore(run, model, optimizers, state, data)
+        resumed = restore(run, model, optimizers, state, data, config.checkpoint.keep)
         loader.load_state_dict(state.data or {})
+        write_config(run, config)
 
         metrics = MetricsFile(run / "metrics.jsonl", state.step)
         terminal = stack.enter_context(Terminal(schedule.total_steps, state.step))
@@ -141,7 +154,8 @@ def train(config: TrainConfig) -> Path:
             untrained = validator(model, plan) if state.step == 0 and plan else None
         while plan is not None:
             batch = loader.next_batch(plan.rows, plan.sequence_length)
-            due = (state.step + 1) % config.logging.every == 0
+            validates = config.validation.every > 0 and (state.step + 1) % config.validation.every == 0
+            due = validates or state.step == 0 or (state.step + 1) % config.logging.every == 0
             micro_batches = split_batch(batch, config.micro_batch_tokens, device)
             report = training_step(model, optimizers, micro_batches, plan, config.grad_clip, statistics=due)
             state.step += 1
@@ -153,7 +167,7 @@ def train(config: TrainConfig) -> Path:
                     row |= {"validation/untrained_loss": untrained.loss}
                     row |= {"validation/untrained_bits_per_byte": untrained.bits_per_byte}
                     untrained = None
-                if config.validation.every and state.step % config.validation.every == 0:
+                if validates:
                     with meter.aside():
                         result = validator(model, plan)
                     if result is not None:
@@ -161,26 +175,27 @@ def train(config: TrainConfig) -> Path:
                 metrics.write(row)
                 terminal.show(row)
                 wandb.write(row)
-            last, plan = plan, schedule.plan(state.step, state.tokens)
+            plan = schedule.plan(state.step, state.tokens)
             every = config.checkpoint.every
             if plan is None or (every and state.step % every == 0):
                 meter.settle(state)
                 state.data = loader.state_dict()
                 with meter.aside():
                     save_checkpoint(run / "checkpoints", model, optimizers, state, config.checkpoint.keep)
-            if plan is None:
-                conclude(run, terminal, wandb, config, data, model, state, validator(model, last, whole=True))
-        if resumed and state.step >= schedule.total_steps and not meter.steps:
+        if meter.steps == 0 and (state.step > schedule.total_steps or concluded(run, state)):
             terminal.console.print(f"{run}: this run is complete at step {state.step}; raise steps= to go on")
+        elif last := schedule.plan(state.step - 1, schedule.tokens_before(state.step - 1)):
+            conclude(run, terminal, wandb, config, data, model, state, validator(model, last, whole=True))
     return run
 
 
 def claim_folder(run: Path, config: TrainConfig, stack: ExitStack) -> None:
-    """Creates the run's folder or recognises it as this run's, locks it, and writes what describes the run."""
+    """Creates the run's folder or recognises it as this run's, and locks it."""
     config_file = run / "config.yaml"
     if run.exists() and not run.is_dir():
         raise ConfigError(f"output={run} is a file; choose a folder")
-    if run.is_dir() and not config_file.exists() and any(path.name != ".lock" for path in run.iterdir()):
+    ours = (".lock", ".config.yaml")  # all there is if a run was killed at once
+    if run.is_dir() and not config_file.exists() and any(path.name not in ours for path in run.iterdir()):
         raise ConfigError(f"output={run} holds files that are no run's; choose another folder")
     run.mkdir(parents=True, exist_ok=True)
     lock = stack.enter_context((run / ".lock").open("w"))
@@ -188,32 +203,46 @@ def claim_folder(run: Path, config: TrainConfig, stack: ExitStack) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it, however this process ends
     except OSError:
         raise ConfigError(f"output={run}: another process trains here; wait for it or choose another folder") from None
-    if config_file.exists():
-        before = from_yaml(TrainConfig, config_file.read_text())
-        changed = differences(before, config)
+    if latest_checkpoint(run / "checkpoints") is None:
+        write_config(run, config)  # whatever was configured here before has trained nothing
+    else:
+        try:
+            changed = differences(from_yaml(TrainConfig, config_file.read_text()), config)
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"{config_file}: unreadable ({error}); restore it, choose another output or remove the folder"
+            ) from None
         if changed:
             raise ConfigError(
                 f"output={run} holds another run ({'; '.join(changed)}); choose another output or remove the folder"
             )
-    temporary = run / ".config.yaml"
-    temporary.write_text(to_yaml(config))
-    temporary.rename(config_file)
-    write_environment(run / "env.json")
     (run / "checkpoints").mkdir(exist_ok=True)
     remove_leftovers(run / "checkpoints")
 
 
+def write_config(run: Path, config: TrainConfig) -> None:
+    """What describes the run, once it is sure that the folder is this run's."""
+    temporary = run / ".config.yaml"
+    temporary.write_text(to_yaml(config))
+    temporary.rename(run / "config.yaml")
+    write_environment(run / "env.json")
+
+
 def differences(before: TrainConfig, now: TrainConfig) -> list[str]:
     """What makes ``now`` another run than ``before``: all that decides a weight. (Data is told by its fingerprint.)"""
-    found = []
-    for key in ("seed", "grad_clip", "model", "optim", "precision", "stages"):
-        old, new = getattr(before, key), getattr(now, key)
-        if key in ("model", "optim"):
-            pairs = {name: (value, asdict(new)[name]) for name, value in asdict(old).items()}
-            found += [f"{key}.{name} was {a}, now {b}" for name, (a, b) in pairs.items() if a != b]
-        elif old != new:
-            found.append(f"{key} differ" if key == "stages" else f"{key} was {old}, now {new}")
-    return found
+    old, new = dict(_leaves(asdict(before))), dict(_leaves(asdict(now)))
+    decisive = ("seed", "grad_clip", "model", "optim", "precision", "stages")
+    keys = [key for key in old | new if key.split(".")[0] in decisive and old.get(key) != new.get(key)]
+    found = [f"{key} was {old.get(key)}, now {new.get(key)}" for key in keys[:4]]
+    return [*found, f"{len(keys) - 4} more"] if len(keys) > 4 else found
+
+
+def _leaves(values: dict[str, Any] | Sequence[Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+        if isinstance(value, dict | list | tuple) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def make_deterministic(config: TrainConfig, device: torch.device) -> None:
@@ -226,7 +255,9 @@ def make_deterministic(config: TrainConfig, device: torch.device) -> None:
     torch.manual_seed(config.seed)
 
 
-def restore(run: Path, model: Transformer, optimizers: Optimizers, state: TrainState, data: Dataset) -> Path | None:
+def restore(
+    run: Path, model: Transformer, optimizers: Optimizers, state: TrainState, data: Dataset, keep: int
+) -> Path | None:
     """Loads the newest checkpoint, if there is one, and makes sure that it continues on the same data."""
     newest = latest_checkpoint(run / "checkpoints")
     if newest is None:
@@ -238,9 +269,7 @@ def restore(run: Path, model: Transformer, optimizers: Optimizers, state: TrainS
             f"{newest}: was trained on other data than {data.folders[0].folder}; "
             "give the same data, or another output to start a new run"
         )
-    for later in complete_checkpoints(run / "checkpoints"):
-        if int(later.name.removeprefix("step_")) > state.step:
-            raise CheckpointError(f"{later} is newer than 'latest' ({newest.name}); remove one of them")
+    make_latest(newest, keep)
     return newest
 
 
@@ -379,6 +408,14 @@ def introduce(
         print_("no validation: the data was prepared from a single document")
 
 
+def concluded(run: Path, state: TrainState) -> bool:
+    """Whether the run ended in peace at this step, and was not killed between its last checkpoint and its summary."""
+    try:
+        return bool(json.loads((run / "summary.json").read_text())["step"] == state.step)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def conclude(
     run: Path,
     terminal: Terminal,
@@ -389,11 +426,11 @@ def conclude(
     state: TrainState,
     final: Evaluation | None,
 ) -> None:
-    """The end of a run: summary, plot, a sample, and what to do next."""
+    """The end of a run: plot, a sample, what to do next, and last the summary, which says that all was done."""
     print_ = terminal.console.print
     copy_tokenizer(data.tokenizer_path, run, config.model)
     summary: dict[str, float | int | None] = {"step": state.step, "tokens": state.tokens, "skipped": state.skipped}
-    first = json.loads((run / "metrics.jsonl").read_text().partition("\n")[0])
+    first: Row = next(iter(read_metrics(run / "metrics.jsonl")), {})
     if final is not None:
         summary |= {"validation/loss": final.loss, "validation/bits_per_byte": final.bits_per_byte}
         summary["validation/untrained_bits_per_byte"] = first.get("validation/untrained_bits_per_byte")
@@ -407,10 +444,9 @@ def conclude(
             table.add_row(f"order-{order} byte model, fitted on the same text", f"{reference:.3f}")
         table.add_row("this model, trained", f"{final.bits_per_byte:.3f}")
         print_(table)
-    write_json(run / "summary.json", summary)
     plot = plot_loss(run)
     wandb.image("plots/loss", plot)
-    if config.logging.sample_prompt is not None:
+    if config.logging.sample_prompt is not None and (final is None or math.isfinite(final.loss)):
         tokenizer = load_tokenizer(data.tokenizer_path)
         prompt = [config.model.bos_token_id, *tokenizer.encode(config.logging.sample_prompt).ids]
         ids = generate(model, prompt, config.logging.sample_tokens, seed=config.seed, stop=(data.eos,))
@@ -421,3 +457,4 @@ def conclude(
     print_(f"  openv4 generate {weights} prompt='In the beginning'", markup=False)
     print_(f"  openv4 evaluate {weights}", markup=False)
     print_(f"  openv4 export {weights} output={run}/export", markup=False)
+    write_json(run / "summary.json", finite(summary))

@@ -1,6 +1,7 @@
 """What a run tells: rows of ``metrics.jsonl``, the terminal, W&B, and the loss plot."""
 
 import json
+import math
 import os
 import platform
 import secrets
@@ -34,24 +35,30 @@ class MetricsFile:
         self.path = path
         kept = [row for row in read_metrics(path) if row["step"] <= step]
         temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        temporary.write_text("".join(json.dumps(finite(row)) + "\n" for row in kept))
         temporary.rename(path)
 
     def write(self, row: Row) -> None:
         with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(finite(row)) + "\n")
 
 
 def read_metrics(path: Path) -> list[Row]:
-    """The rows of a ``metrics.jsonl``; a last line that was cut off mid-write is left out."""
+    """The rows of a ``metrics.jsonl``, null as NaN; a last line that was cut off mid-write is left out."""
     rows: list[Row] = []
     if path.exists():
         for line in path.read_text().splitlines():
             try:
-                rows.append(json.loads(line))
+                row = json.loads(line)
             except ValueError:
                 break
+            rows.append({key: math.nan if value is None else value for key, value in row.items()})
     return rows
+
+
+def finite(row: Mapping[str, float | int | None]) -> dict[str, float | int | None]:
+    """The row as JSON can hold it, which knows no NaN and no infinity: null in their place."""
+    return {key: value if value is not None and math.isfinite(value) else None for key, value in row.items()}
 
 
 class Terminal:
@@ -101,7 +108,7 @@ class WandbLog:
     def __init__(self, mode: str, project: str, name: str, folder: Path, config: Mapping[str, Any]) -> None:
         self._run: Any = None
         if mode == "auto":
-            mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
+            mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
         if mode == "disabled":
             return
         with self._guarded():
@@ -143,7 +150,8 @@ class WandbLog:
 
     def disable(self, error: BaseException) -> None:
         self._run = None
-        print(f"W&B stopped ({type(error).__name__}: {error}); training goes on without it", file=sys.stderr)
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"W&B stopped ({reason}); training goes on without it", file=sys.stderr)
 
 
 class _Guard:
