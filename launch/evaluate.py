@@ -47,7 +47,7 @@ def run(config: EvaluateConfig) -> None:
         if trained is None:
             raise ConfigError(f"{config.checkpoint} is no run of ours: name the text with data=<prepared folder>")
         data = trained[1].data
-    dataset = open_dataset(data, trained[0] if trained else Path(), model.config.vocab_size)
+    dataset = open_dataset(data, trained[0] if trained else Path(), model.config)
     own = find_tokenizer(config.checkpoint)
     if own is not None and own.read_bytes() != dataset.tokenizer_path.read_bytes():
         raise ConfigError(

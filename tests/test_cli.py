@@ -348,7 +348,7 @@ def test_export_of_an_export_in_shards(openv4: Run, fp32: Path, tmp_path: Path) 
 
 @pytest.mark.slow
 def test_the_readme_from_a_shell(tmp_path: Path) -> None:
-    """All of it in processes of its own, with the settings of the README, but for the size of the model and the steps."""
+    """All of it in processes of its own, with the README's settings but for the size of the model and the steps."""
     script = Path(sys.executable).with_name("openv4")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"PYTHONPATH": ""}
     # Two threads on two busy cores wait for each other; OpenMP's default is to do so in a loop.

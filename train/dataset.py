@@ -10,6 +10,7 @@ from torch import Tensor
 from ..data.loader import Loader
 from ..data.prepare import KING_JAMES, ensure_prepared
 from ..data.shards import DataError, PreparedData, ShardStore
+from ..model.config import ModelConfig
 from .config import DataConfig
 
 
@@ -48,22 +49,28 @@ class Dataset:
 
 
 def open_dataset(
-    config: DataConfig, output: Path, vocab_size: int, progress: Callable[[int, int], None] | None = None
+    config: DataConfig, output: Path, model: ModelConfig, progress: Callable[[int, int], None] | None = None
 ) -> Dataset:
     """Opens what ``config`` names; the shipped text is prepared below ``output`` first.
 
     Raises:
-        DataError: damaged or missing folders, sources of different tokenizers, token ids beyond ``vocab_size``.
+        DataError: damaged or missing folders, sources of different tokenizers, token ids beyond ``model.vocab_size``,
+            begin and end tokens that the model knows by other ids.
     """
     paths = [Path(path) for path in ([config.path] if config.path else [s.path for s in config.sources])]
     if not paths:
         paths = [ensure_prepared(KING_JAMES, output / "data", config.vocab_size, progress)]
     folders = tuple(PreparedData(path, config.verify) for path in paths)
     for folder in folders:
-        if folder.vocab_size > vocab_size:
+        if folder.vocab_size > model.vocab_size:
             raise DataError(
-                f"{folder.folder}: token ids go up to {folder.vocab_size - 1}, but model.vocab_size={vocab_size}; "
+                f"{folder.folder}: token ids reach {folder.vocab_size - 1}, but model.vocab_size={model.vocab_size}; "
                 f"set model.vocab_size={folder.vocab_size} or prepare with a smaller tokenizer"
+            )
+        if (folder.bos, folder.eos) != (model.bos_token_id, model.eos_token_id):
+            raise DataError(
+                f"{folder.folder}: documents begin with token {folder.bos} and end with {folder.eos}; set "
+                f"model.bos_token_id={folder.bos} model.eos_token_id={folder.eos}"
             )
         if folder.manifest.tokenizer.sha256 != folders[0].manifest.tokenizer.sha256:
             raise DataError(

@@ -129,7 +129,7 @@ def train(config: TrainConfig) -> Path:
         )
         make_deterministic(config, device)
         schedule = Schedule(config.stages, config.steps)
-        data = open_dataset(config.data, run, config.model.vocab_size)
+        data = open_dataset(config.data, run, config.model)
         loader = data.loader(config.seed, config.data.workers)
 
         model = Transformer(config.model, COMPUTE_DTYPES[config.precision.compute])
@@ -448,7 +448,10 @@ def conclude(
     wandb.image("plots/loss", plot)
     if config.logging.sample_prompt is not None and (final is None or math.isfinite(final.loss)):
         tokenizer = load_tokenizer(data.tokenizer_path)
-        prompt = [config.model.bos_token_id, *tokenizer.encode(config.logging.sample_prompt).ids]
+        prompt = [
+            config.model.bos_token_id,
+            *tokenizer.encode(config.logging.sample_prompt, add_special_tokens=False).ids,
+        ]
         ids = generate(model, prompt, config.logging.sample_tokens, seed=config.seed, stop=(data.eos,))
         print_("a sample: ", tokenizer.decode(ids), markup=False)
     weights = f"checkpoint={run}"
