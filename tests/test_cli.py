@@ -499,14 +499,14 @@ def test_token_ids_beyond_the_vocabulary(
     data, run = workshop / "data", tmp_path / "run"
     message = refused("train", *SMALL_RUN, "model.vocab_size=299", f"data={data}", f"output={run}")
     assert message == (
-        f"{data}: token ids go up to 299, but model.vocab_size=299; set model.vocab_size=300 or prepare with a smaller "
+        f"{data}: token ids reach 299, but model.vocab_size=299; set model.vocab_size=300 or prepare with a smaller "
         "tokenizer"
     )
     assert not list(run.glob("checkpoints/*"))
     trains(openv4, "model.vocab_size=300", f"data={data}", f"output={run}")  # the way out works, in the same folder
 
     larger = prepared(tmp_path / "larger", TEXTS, vocab_size=310)
-    assert "token ids go up to 309" in refused("evaluate", f"checkpoint={fp32}", f"data={larger}")
+    assert "token ids reach 309" in refused("evaluate", f"checkpoint={fp32}", f"data={larger}")
 
 
 def test_a_token_id_beyond_the_tokenizer(refused: Callable[..., str], tmp_path: Path) -> None:

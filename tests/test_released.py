@@ -222,7 +222,8 @@ def test_sharding_by_size(model: Transformer, tmp_path: Path) -> None:
     assert len(files) > 5
     assert [f.name for f in files] == [f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)]
     index = json.loads((tmp_path / "export" / INDEX).read_text())
-    total, seen = 0, {}
+    total = 0
+    seen: dict[str, str] = {}
     for file in files:
         tensors = load_file(file)
         size = sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())

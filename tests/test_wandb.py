@@ -36,7 +36,7 @@ def records(file: Path) -> Iterator[Any]:
         payload += content[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):  # full, or the last part
-            record = wandb_internal_pb2.Record()
+            record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
             record.ParseFromString(payload)
             payload = b""
             yield record
