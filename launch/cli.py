@@ -56,7 +56,8 @@ def main() -> None:
     except USER_ERRORS as error:
         _fail(error)
     except KeyboardInterrupt:
-        print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
+        way_on = "; the same command resumes from the last checkpoint" if name == "train" else ""
+        print(f"interrupted{way_on}", file=sys.stderr)
         sys.exit(130)
 
 

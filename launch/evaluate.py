@@ -41,7 +41,7 @@ CONFIG = EvaluateConfig
 
 def run(config: EvaluateConfig) -> None:
     model = load_model(config.checkpoint)
-    trained = _run_config(Path(config.checkpoint))
+    trained = _run_config(Path(config.checkpoint).resolve())
     data = config.data
     if data.path is None and not data.sources:
         if trained is None:

@@ -21,6 +21,7 @@ from model_cases import relative_rms
 from run_cases import OVERRIDES, contents
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from openv4.data.shards import DataError, PreparedData
 from openv4.launch import cli
@@ -222,7 +223,7 @@ def test_the_run_has_what_the_design_says(workshop: Path) -> None:
     assert all(wanted <= set(row) for row in steps)
 
 
-def test_evaluate(openv4: Run, workshop: Path) -> None:
+def test_evaluate(openv4: Run, workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run, one of its checkpoints, and its export give the run's own last validation."""
     summary = json.loads((workshop / "run" / "summary.json").read_text())
     for checkpoint in ("run", "run/checkpoints/step_8"):
@@ -232,7 +233,8 @@ def test_evaluate(openv4: Run, workshop: Path) -> None:
         assert found["loss"] == pytest.approx(summary["validation/loss"], rel=1e-5)
         assert found["bits_per_byte"] == pytest.approx(summary["validation/bits_per_byte"], rel=1e-5)
         assert found["tokens"] > 50
-    first = json.loads(openv4("evaluate", f"checkpoint={workshop / 'run' / 'checkpoints' / 'step_4'}").out)
+    monkeypatch.chdir(workshop / "run" / "checkpoints")
+    first = json.loads(openv4("evaluate", "checkpoint=step_4").out)
     assert first["loss"] != found["loss"]
 
 
@@ -409,6 +411,39 @@ def test_small_corpora_train(texts: list[str], validation: int, openv4: Run, tmp
         assert evaluated.code == 2 and "has no validation documents; prepare more than one document" in evaluated.err
 
 
+def test_a_tokenizer_of_ones_own(openv4: Run, refused: Callable[..., str], tmp_path: Path) -> None:
+    """Of another make: one end token for both ends, not the first ids. The model must know it; then all goes on."""
+    transformers = pytest.importorskip("transformers", reason="installed by `make test`")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=280, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    data, run = prepared(tmp_path / "data", TEXTS, tokenizer=str(tmp_path / "tokenizer.json")), tmp_path / "run"
+    command = ["train", *SMALL_RUN, "steps=2", f"data={data}", f"output={run}"]
+    message = refused(*command)
+    way_out = ["model.bos_token_id=280", "model.eos_token_id=280"]
+    assert " ".join(way_out) in message
+    assert openv4(*command, *way_out).code == 0
+    assert openv4("generate", f"checkpoint={run}", "prompt=light", "max_new_tokens=4").code == 0
+    assert openv4("export", f"checkpoint={run}", f"output={tmp_path / 'export'}").code == 0
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "export")
+    assert (theirs.bos_token, theirs.eos_token, theirs.eos_token_id) == ("<|endoftext|>", "<|endoftext|>", 280)
+    config = json.loads((tmp_path / "export" / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (280, 280)
+
+
+def test_folders_with_brackets_in_their_names(openv4: Run, tmp_path: Path) -> None:
+    """The terminal's markup has them as well; a name must come out as it is."""
+    data, run = prepared(tmp_path / "da[/b]ta [red]", TEXTS), tmp_path / "r[/b]un [red]"
+    result = openv4("train", *SMALL_RUN, "steps=1", f"data={data}", f"output={run}")
+    assert result.code == 0 and str(data) in result.out and str(run) in result.out
+    assert openv4("evaluate", f"checkpoint={run}").code == 0
+
+
 # Bad input: one line, exit code 2, nothing half-written.
 
 
@@ -459,6 +494,17 @@ def test_the_traceback_is_there_when_asked_for(openv4: Run, monkeypatch: pytest.
         openv4("train", "modl=nano")
     with pytest.raises(DataError, match="no such file or folder"):
         openv4("prepare", "input=nowhere", "output=b")
+
+
+@pytest.mark.parametrize("command", ["train", "export"])
+def test_an_interrupt(command: str, openv4: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"openv4.launch.{command}.run", interrupt)
+    result = openv4(command, *({"export": ["checkpoint=a", "output=b"]}.get(command, [])))
+    assert result.code == 130
+    assert result.err.startswith("interrupted") and ("resumes" in result.err) == (command == "train")
 
 
 def test_a_text_that_is_not_utf8(refused: Callable[..., str], tmp_path: Path) -> None:

@@ -382,6 +382,12 @@ def test_what_is_no_override(override: str) -> None:
     assert "is not key=value" in refusal(override)
 
 
+def test_bytes_that_are_no_utf8() -> None:
+    """As Python hands them on from the command line."""
+    for override in ("output=caf\udce9", "seed=\udcff", "data=./\udcff"):
+        assert "is not UTF-8" in refusal(override)
+
+
 def test_an_unclosed_list_says_which() -> None:
     assert "stages=[{name:a" in refusal("stages=[{name:a")
 

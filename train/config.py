@@ -266,6 +266,8 @@ def normalize(name: str, schema: type[Any], overrides: Sequence[str]) -> list[st
         key, equals, value = override.partition("=")
         if not key.strip("+~ ") or not (equals or key[0] == "~"):
             raise ConfigError(f"{override!r} is not key=value")
+        if any("\ud800" <= character <= "\udfff" for character in override):  # how Python passes on other bytes
+            raise ConfigError(f"{override!r} is not UTF-8; type it in a UTF-8 terminal, or rename the file")
         if value in presets.get(key, ()):
             normal.append(override)
         elif key == "data" and (Path(value).exists() or "/" in value):

@@ -65,7 +65,7 @@ class Terminal:
     """A progress bar where there is a terminal, otherwise a line every few seconds."""
 
     def __init__(self, total_steps: int, done: int) -> None:
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.console = Console(highlight=False, markup=False, soft_wrap=True)  # brackets in a path are brackets
         if not self.console.is_terminal:
             self.console.width = 120  # a log file has no width of its own
         self._total, self._printed = total_steps, 0.0
