@@ -12,7 +12,7 @@ from openv4.model.generate import generate, sample
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 PROBABILITIES = torch.tensor([0.15, 0.5, 0.05, 0.3])
-DRAWS = 4000
+DRAWS = 2000
 
 
 @pytest.fixture(scope="module")

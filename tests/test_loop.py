@@ -538,7 +538,10 @@ def test_epochs_are_counted(straight: Path, small_data: Path) -> None:
     epoch_tokens = json.loads((small_data / "manifest.json").read_text())["splits"]["train"]["tokens"]
     for row in found:
         assert row["tokens"] / epoch_tokens / 1.34 - 1 < row["data/epoch"] <= row["tokens"] / epoch_tokens
-        assert 0 <= row["data/padding"] < 0.5
+    padding = [row["data/padding"] * row["train/batch_tokens"] for row in found]
+    assert padding == pytest.approx([round(tokens) for tokens in padding])  # a share of whole tokens
+    seen = sum(row["train/batch_tokens"] for row in found) - sum(padding)
+    assert sum(padding) > 0 and epochs[-2] * epoch_tokens <= seen <= (epochs[-1] + 1) * epoch_tokens
 
 
 @pytest.fixture(scope="module")

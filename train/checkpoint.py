@@ -187,7 +187,7 @@ def find_weights(path: str | Path) -> Path:
 
 def find_tokenizer(path: str | Path) -> Path | None:
     """The ``tokenizer.json`` of a run, a checkpoint or an export, if it has one."""
-    path = Path(path)
+    path = Path(path).resolve()
     for folder in (path, path.parent.parent):
         if (folder / "tokenizer.json").is_file():
             return folder / "tokenizer.json"

@@ -140,6 +140,7 @@ def train(config: TrainConfig) -> Path:
         resumed = restore(run, model, optimizers, state, data, config.checkpoint.keep)
         loader.load_state_dict(state.data or {})
         write_config(run, config)
+        copy_tokenizer(data.tokenizer_path, run, config.model)
 
         metrics = MetricsFile(run / "metrics.jsonl", state.step)
         terminal = stack.enter_context(Terminal(schedule.total_steps, state.step))
@@ -428,7 +429,6 @@ def conclude(
 ) -> None:
     """The end of a run: plot, a sample, what to do next, and last the summary, which says that all was done."""
     print_ = terminal.console.print
-    copy_tokenizer(data.tokenizer_path, run, config.model)
     summary: dict[str, float | int | None] = {"step": state.step, "tokens": state.tokens, "skipped": state.skipped}
     first: Row = next(iter(read_metrics(run / "metrics.jsonl")), {})
     if final is not None:
