@@ -1,12 +1,7 @@
 """The ``openv4`` console script: finds the command, composes its config, and turns bad input into one clear line."""
 
-import os
-
-# Before torch loads OpenMP: threads that wait shall sleep, not spin. Beside one busy process on two cores spinning made
-# a run of `nano` take 63 s instead of 25 s.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 import importlib
+import os
 import re
 import sys
 from collections.abc import Callable
