@@ -1,4 +1,4 @@
-"""DeepSeek-V4 in loops: a float64 reference written from shared/recipe.md alone, for the tests to compare against.
+"""DeepSeek-V4 in loops: a float64 reference written from the specification alone, for the tests to compare against.
 
 It shares no code with the package. One document at a time, positions from 0, no quantisation, no Hadamard rotation
 (orthogonal: without quantisation it changes nothing). Everything but the discrete choices is differentiable.
