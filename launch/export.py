@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..model.released import save_pretrained
-from ..train.checkpoint import find_tokenizer, find_weights, load_model
+import torch
+
+from ..model.released import load_pretrained, save_pretrained
+from ..train.checkpoint import find_tokenizer, find_weights
 from ..train.config import ConfigError
 
 
@@ -33,7 +35,8 @@ CONFIG = ExportConfig
 
 
 def run(config: ExportConfig) -> None:
-    model = load_model(config.checkpoint)
+    weights = find_weights(config.checkpoint)  # checksums are compared here, once
+    model = load_pretrained(weights, torch.float32)
     tokenizer = find_tokenizer(config.checkpoint)
     save_pretrained(model, config.output, config.format, tokenizer, int(config.max_shard_gb * 1e9))
-    print(f"{find_weights(config.checkpoint)} written to {Path(config.output)} as {config.format}")
+    print(f"{weights} written to {Path(config.output)} as {config.format}")

@@ -10,7 +10,6 @@
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -226,7 +225,4 @@ def remove_leftovers(checkpoints: Path) -> None:
     """Deletes what saves and removals that were killed left."""
     for path in checkpoints.glob(".step_*"):
         shutil.rmtree(path, ignore_errors=True)
-    with os.scandir(checkpoints) as entries:
-        stale = [entry.path for entry in entries if entry.name == ".latest"]
-    for name in stale:
-        Path(name).unlink()
+    (checkpoints / ".latest").unlink(missing_ok=True)
