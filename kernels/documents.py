@@ -28,6 +28,18 @@ class Blocks(NamedTuple):
     chained: Tensor  # [B, N] bool: the previous entry belongs to the same document
     first: Tensor  # [B, T] int64: first entry of this token's document
     end: Tensor  # [B, T] int64: one past the last entry that this token may see
+    ratio: int  # tokens in a block
+
+    def span(self, start: int, stop: int) -> tuple[int, int]:
+        """Bounds of the entries that any of the tokens ``start:stop`` of any row sees.
+
+        Exact on a CPU. Elsewhere reading them would make the host wait, and causality alone bounds them.
+        """
+        count = self.start.shape[1]
+        if self.end.device.type != "cpu":
+            return 0, min(count, stop // self.ratio)
+        low, high = int(self.first[:, start:stop].min()), int(self.end[:, start:stop].max())
+        return min(low, high), high
 
 
 def find_documents(segments: Tensor) -> Documents:
@@ -57,4 +69,4 @@ def find_blocks(documents: Documents, ratio: int) -> Blocks:
     start.scatter_(1, slot, index - (ratio - 1))  # tokens that complete nothing write to the slot that is cut off
     start = start[:, :count]
     chained = position.gather(1, start) > 0
-    return Blocks(start, chained, before.gather(1, first), end)
+    return Blocks(start, chained, before.gather(1, first), end, ratio)

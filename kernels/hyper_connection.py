@@ -1,9 +1,15 @@
 """Manifold-constrained hyper-connections (mHC): how a layer reads from and writes to the residual streams.
 
-Shapes: B batch, T tokens, S streams, D hidden. Source: recipe 4; arXiv 2512.24880; official inference code.
+A site is ``mhc_pre`` (coefficients and the layer's input), the layer, ``mhc_post`` (the new streams). What is saved for
+the backward pass is the streams and the layer's output; everything of the size of the coefficients is computed again.
+
+Shapes: B batch, T tokens, M = B T, S streams, D hidden, R rows of the projection: S (S + 2) at a site, S at the head.
+Source: recipe 4; arXiv 2512.24880; official inference code.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,32 +17,53 @@ from torch import Tensor
 
 from .norm import at_least_fp32, rms_norm
 
+# Tokens whose streams a CPU mixes at once, so that they stay in its cache: a third faster than all of them.
+CPU_TOKENS = 256
+
 
 class Mixing(NamedTuple):
-    """The coefficients of one mHC site, float32."""
+    """What a site does with its layer's output and with the streams, at least float32."""
 
-    pre: Tensor  # [B, T, S] weight of each stream in the layer's input
     post: Tensor  # [B, T, S] weight of the layer's output in each stream
     residual: Tensor  # [B, T, S, S] from stream (first) to stream (second), doubly stochastic
 
 
 def mixing_coefficients(
     streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, iterations: int, eps: float, norm_eps: float
-) -> Mixing:
-    """Dynamic coefficients from the streams themselves.
+) -> tuple[Tensor, Mixing]:
+    """The weight of each stream in the layer's input, ``[B, T, S]``, and the mixing; arguments as for ``mhc_pre``."""
+    flat = rms_norm(at_least_fp32(streams).flatten(2), eps=norm_eps)
+    pre, post, residual = _site(F.linear(flat, fn.to(flat.dtype)), base, scale, iterations, eps)
+    return pre, Mixing(post, residual)
+
+
+def mhc_pre(
+    streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, iterations: int, eps: float, norm_eps: float
+) -> tuple[Tensor, Mixing]:
+    """The layer's input ``[B, T, D]``, a weighted sum of the streams, and how its output will be mixed in.
+
+    Equal to ``mixing_coefficients`` and a sum over the streams, but passes over the streams as few times as it can.
 
     Args:
-        streams: ``[B, T, S, D]``; fn: ``[S (S + 2), S D]`` with rows (pre | post | residual, row-major);
-            base: ``[S (S + 2)]`` static part; scale: ``[3]`` gates of pre, post and residual.
+        streams: ``[B, T, S, D]``; fn: ``[S (S + 2), S D]`` with rows (pre | post | residual, row-major), applied to the
+            RMS-normalised streams; base: ``[S (S + 2)]`` static part; scale: ``[3]`` gates of pre, post and residual.
+        iterations: of Sinkhorn's normalisation.
     """
-    count = streams.shape[2]
-    flat = rms_norm(at_least_fp32(streams).flatten(2), eps=norm_eps)
-    pre, post, residual = F.linear(flat, fn.to(flat.dtype)).split([count, count, count * count], -1)
-    pre_base, post_base, residual_base = base.split([count, count, count * count])
-    pre = torch.sigmoid(pre * scale[0] + pre_base) + eps
-    post = 2 * torch.sigmoid(post * scale[1] + post_base)
-    residual = (residual * scale[2] + residual_base).unflatten(-1, (count, count))
-    return Mixing(pre, post, sinkhorn(residual, iterations, eps))
+    x, post, residual = _Read.apply(streams, fn, base, scale, partial(_site, iterations=iterations, eps=eps), norm_eps)
+    return x, Mixing(post, residual)
+
+
+def mhc_head(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, eps: float, norm_eps: float) -> Tensor:
+    """The head's input ``[B, T, D]`` from ``streams [B, T, S, D]``; fn ``[S, S D]``, base ``[S]``, scale ``[1]``."""
+    x: Tensor
+    (x,) = _Read.apply(streams, fn, base, scale, partial(_head, eps=eps), norm_eps)
+    return x
+
+
+def mhc_post(streams: Tensor, output: Tensor, mixing: Mixing) -> Tensor:
+    """The streams after a layer: mixed among themselves, plus the layer's ``output [B, T, D]`` in each."""
+    new: Tensor = _Write.apply(streams, output, *mixing)
+    return new
 
 
 def sinkhorn(logits: Tensor, iterations: int, eps: float) -> Tensor:
@@ -45,27 +72,138 @@ def sinkhorn(logits: Tensor, iterations: int, eps: float) -> Tensor:
     The last step normalises columns, so what flows *into* each stream sums to one. The work runs in [S, S, tokens]
     layout, where every sum is over contiguous vectors: 10x faster on a CPU than over a last dimension of 4.
     """
-    matrix = logits.flatten(0, -3).permute(1, 2, 0).softmax(1) + eps  # [S, S, tokens]
-    matrix = matrix / (matrix.sum(0, keepdim=True) + eps)
-    for _ in range(iterations - 1):
-        matrix = matrix / (matrix.sum(1, keepdim=True) + eps)
-        matrix = matrix / (matrix.sum(0, keepdim=True) + eps)
-    return matrix.permute(2, 0, 1).view_as(logits)
+    result: Tensor = _Sinkhorn.apply(logits, iterations, eps)
+    return result
 
 
-def head_coefficients(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, eps: float, norm_eps: float) -> Tensor:
-    """Weights ``[B, T, S]`` of the streams in the input of the head; fn ``[S, S D]``, base ``[S]``, scale ``[1]``."""
-    flat = rms_norm(at_least_fp32(streams).flatten(2), eps=norm_eps)
-    return torch.sigmoid(F.linear(flat, fn.to(flat.dtype)) * scale + base) + eps
+class _Sinkhorn(torch.autograd.Function):
+    """Saves the logits alone: the backward pass runs the iteration again and then walks it in reverse."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, iterations: int, eps: float) -> Tensor:
+        ctx.save_for_backward(logits)
+        ctx.constants = iterations, eps
+        *_, (matrix, _, _) = _sinkhorn_steps(logits, iterations, eps)
+        return matrix.permute(2, 0, 1).contiguous().view_as(logits)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (logits,) = ctx.saved_tensors
+        start, *steps = _sinkhorn_steps(logits, *ctx.constants)
+        slope = gradient.flatten(0, -3).permute(1, 2, 0).contiguous()
+        # y = x / (sum(x) + eps) gives dx = (dy - sum(dy y)) / (sum(x) + eps).
+        for matrix, total, dim in reversed(steps):
+            slope.sub_((slope * matrix).sum(dim, keepdim=True)).div_(total)
+        softmax = start[0] - ctx.constants[1]
+        slope.sub_((slope * softmax).sum(1, keepdim=True)).mul_(softmax)
+        return slope.permute(2, 0, 1).reshape(logits.shape), None, None
 
 
-def collapse(streams: Tensor, weights: Tensor) -> Tensor:
-    """One layer input ``[B, T, D]`` from the streams ``[B, T, S, D]``, summed in float32."""
-    return (weights.unsqueeze(-2) @ at_least_fp32(streams)).squeeze(-2).to(streams.dtype)
+def _sinkhorn_steps(logits: Tensor, iterations: int, eps: float) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """After each step the matrices ``[S, S, tokens]``, what they were divided by, and the dimension that was summed."""
+    matrix = logits.flatten(0, -3).permute(1, 2, 0).softmax(1) + eps
+    yield matrix, matrix, 1
+    for step in range(2 * iterations - 1):
+        dim = step % 2
+        total = matrix.sum(dim, keepdim=True) + eps
+        matrix = matrix / total
+        yield matrix, total, dim
 
 
-def expand(streams: Tensor, output: Tensor, mixing: Mixing) -> Tensor:
-    """The streams after a layer: mixed among themselves, plus the layer's ``output [B, T, D]`` in each."""
-    # One product of [S, S + 1] with [S + 1, D] a token: on a CPU three times as fast as a product and an outer product.
-    weights = torch.cat((mixing.residual, mixing.post.unsqueeze(-2)), -2).transpose(-1, -2)
-    return (weights @ at_least_fp32(torch.cat((streams, output.unsqueeze(-2)), -2))).to(streams.dtype)
+def _site(logits: Tensor, base: Tensor, scale: Tensor, iterations: int, eps: float) -> tuple[Tensor, ...]:
+    """pre, post ``[..., S]`` and residual ``[..., S, S]`` from the projection ``[..., S (S + 2)]``."""
+    count = int((logits.shape[-1] + 1) ** 0.5) - 1
+    sizes = [count, count, count * count]
+    pre, post, residual = logits.split(sizes, -1)
+    pre_base, post_base, residual_base = base.split(sizes)
+    pre = torch.sigmoid(pre * scale[0] + pre_base) + eps
+    post = 2 * torch.sigmoid(post * scale[1] + post_base)
+    residual = (residual * scale[2] + residual_base).unflatten(-1, (count, count))
+    return pre, post, sinkhorn(residual, iterations, eps)
+
+
+def _head(logits: Tensor, base: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, ...]:
+    return (torch.sigmoid(logits * scale + base) + eps,)
+
+
+class _Read(torch.autograd.Function):
+    """(x, other coefficients): x sums the streams by the first of ``coefficients(projection, base, scale)``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        streams: Tensor,
+        fn: Tensor,
+        base: Tensor,
+        scale: Tensor,
+        coefficients: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]],
+        norm_eps: float,
+    ) -> tuple[Tensor, ...]:
+        wide = at_least_fp32(streams)  # [B, T, S, D]
+        flat = wide.flatten(0, 1).flatten(1)
+        # The norm is one number a token: it scales the projection, and no normalised copy of the streams is made.
+        square = torch.linalg.vector_norm(flat, dim=1, keepdim=True).square_()
+        factor = (square / flat.shape[1] + norm_eps).rsqrt_()
+        raw = flat @ fn.to(flat.dtype).T  # [M, R]
+        pre, *others = coefficients((raw * factor).view(*streams.shape[:2], -1), base, scale)
+        x = (pre.unsqueeze(-2) @ wide).squeeze(-2).to(streams.dtype)
+        ctx.save_for_backward(streams, fn, base, scale, raw, factor)
+        ctx.coefficients = coefficients
+        return x, *others
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, x_gradient: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
+        streams, fn, base, scale, raw, factor = ctx.saved_tensors
+        wide, upper = at_least_fp32(streams).flatten(0, 1), at_least_fp32(x_gradient).flatten(0, 1)  # [M, S, D], [M, D]
+        with torch.enable_grad():
+            leaves = [t.detach().requires_grad_() for t in (raw * factor, base, scale)]
+            logits = leaves[0].view(*streams.shape[:2], -1)
+            outputs = ctx.coefficients(logits, *leaves[1:])
+        to_pre = (wide @ upper.unsqueeze(-1)).view_as(outputs[0])
+        to_logits, to_base, to_scale = torch.autograd.grad(outputs, leaves, (to_pre, *others))
+        flat, to_raw = wide.flatten(1), to_logits * factor
+        # The norm depends on the streams as well: d factor / d x = -factor^3 x / (S D).
+        through_norm = (to_logits * raw).sum(1, keepdim=True) * factor.pow(3) / -flat.shape[1]
+        gradient = to_raw @ fn.to(flat.dtype)
+        gradient.addcmul_(flat, through_norm)
+        gradient.view_as(wide).addcmul_(outputs[0].detach().flatten(0, 1).unsqueeze(-1), upper.unsqueeze(1))
+        to_fn = (to_raw.T @ flat).to(fn.dtype)
+        return gradient.view_as(streams).to(streams.dtype), to_fn, to_base, to_scale, None, None
+
+
+class _Write(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, streams: Tensor, output: Tensor, post: Tensor, residual: Tensor) -> Tensor:
+        ctx.save_for_backward(streams, output, post, residual)
+        new = torch.empty_like(streams, memory_format=torch.contiguous_format)
+        # One product of [S, S + 1] with [S + 1, D] a token: faster than a product and an outer product.
+        weights = torch.cat((residual, post.unsqueeze(-2)), -2).mT.flatten(0, 1)  # [M, S, S + 1]
+        x, y, out = streams.flatten(0, 1), output.flatten(0, 1).unsqueeze(1), new.flatten(0, 1)
+        for part in _parts(x):
+            out[part] = weights[part] @ at_least_fp32(torch.cat((x[part], y[part]), 1))
+        return new
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        saved = ctx.saved_tensors
+        x, y, weight, matrix = (t.flatten(0, 1) for t in saved)
+        gradients = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in saved]
+        to_x, to_y, to_post, to_residual = (t.flatten(0, 1) for t in gradients)
+        upper = gradient.flatten(0, 1)
+        for part in _parts(x):
+            up, wide = at_least_fp32(upper[part]), at_least_fp32(x[part])
+            to_x[part] = matrix[part] @ up
+            to_y[part] = (weight[part].unsqueeze(1) @ up).squeeze(1)
+            to_residual[part] = wide @ up.mT
+            to_post[part] = (up @ at_least_fp32(y[part]).unsqueeze(-1)).squeeze(-1)
+        return tuple(gradients)
+
+
+def _parts(x: Tensor) -> Iterator[slice]:
+    """Ranges of tokens ``[M, ...]`` to work on at once."""
+    size = CPU_TOKENS if x.device.type == "cpu" else max(len(x), 1)
+    for start in range(0, len(x), size):
+        yield slice(start, start + size)

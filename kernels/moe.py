@@ -1,7 +1,10 @@
 """Mixture of experts: router scores, the choice of experts, and their clamped SwiGLU.
 
-Shapes: M tokens (batch and length flattened), D hidden, E experts, K experts per token, F expert intermediate.
+Shapes: M tokens (batch and length flattened), D hidden, E experts, K experts per token, F expert intermediate, R rows
+of the grouped products: M K copies of tokens, sorted by expert, each expert's share padded to whole tiles.
 """
+
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +12,7 @@ from torch import Tensor
 
 from .norm import at_least_fp32
 
-# An expert's tokens are padded to whole tiles. BLAS picks another summation order for products of few rows (measured:
+# An expert's share is padded to whole tiles. BLAS picks another summation order for products of few rows (measured:
 # fewer than 12 with MKL), and then a token's output would depend on how many others, of whatever document, chose the
 # same expert.
 TILE = 16
@@ -52,34 +55,140 @@ def clamp_hits(gate: Tensor, up: Tensor, limit: float) -> Tensor:
     return ((gate > limit).float().mean() + (up.abs() > limit).float().mean()) / 2
 
 
+def routed_experts_reference(
+    x: Tensor, ids: Tensor, weights: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, limit: float
+) -> Tensor:
+    """The output of ``routed_experts`` by a loop over experts, the oracle of the tests."""
+    output = torch.zeros_like(x, dtype=at_least_fp32(x[:0]).dtype)
+    for expert in range(len(w1)):
+        token, slot = (ids == expert).nonzero(as_tuple=True)
+        gate, up = (F.linear(x[token], w[expert].to(x.dtype)) for w in (w1, w3))
+        hidden = (clamped_swiglu(gate, up, limit) * weights[token, slot].unsqueeze(-1)).to(x.dtype)
+        output = output.index_add(0, token, at_least_fp32(F.linear(hidden, w2[expert].to(x.dtype))))
+    return output
+
+
 def routed_experts(
     x: Tensor, ids: Tensor, weights: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, limit: float
 ) -> tuple[Tensor, Tensor]:
     """Sum over each token's experts of weight * expert(x), nothing dropped.
 
+    Tokens are sorted by expert and every projection is one grouped product. The routing weight multiplies before w2, as
+    in the official code. Sums over a token's experts gather from a fixed place each, so that no atomic addition decides
+    their order.
+
     Args:
         x: ``[M, D]``; ids, weights: ``[M, K]``; w1 (gate), w3 (up): ``[E, F, D]``; w2 (down): ``[E, D, F]``.
 
     Returns:
-        output ``[M, D]`` float32 (experts are summed in float32), and the share of clamped elements (0-dim).
-
-    The routing weight multiplies before w2, as in the official code. Tokens are sorted by expert and put back by the
-    inverse permutation, so no atomic addition decides the order of a sum.
+        output ``[M, D]``, at least float32 (experts are summed so), and the share of clamped elements (0-dim).
     """
-    count = ids.shape[1]
-    order = ids.flatten().argsort(stable=True)
-    sizes = torch.bincount(ids.flatten(), minlength=w1.shape[0]).tolist()
-    outputs, hits = [], x.new_zeros((), dtype=torch.float32)
-    tokens = x[order // count].split(sizes)
-    scales = weights.flatten()[order].unsqueeze(-1).split(sizes)
-    # unbind, not indexing: the gradient of w[e] is a whole [E, ...] tensor of zeros for every expert.
-    for t, s, gate_w, up_w, down_w in zip(tokens, scales, w1.unbind(), w3.unbind(), w2.unbind(), strict=True):
-        rows = len(t)
-        t, s = (F.pad(a, (0, 0, 0, -rows % TILE)) for a in (t, s))
-        gate, up = F.linear(t, gate_w.to(x.dtype)), F.linear(t, up_w.to(x.dtype))
-        if rows:
-            hits = hits + clamp_hits(gate.detach()[:rows], up.detach()[:rows], limit) * rows
-        hidden = (clamped_swiglu(gate, up, limit) * s).to(x.dtype)
-        outputs.append(at_least_fp32(F.linear(hidden, down_w.to(x.dtype)))[:rows])
-    inverse = order.argsort()
-    return torch.cat(outputs)[inverse].unflatten(0, (-1, count)).sum(1), hits / max(len(order), 1)
+    output, hits = _RoutedExperts.apply(x, ids, weights, w1, w3, w2, limit)
+    return output, hits
+
+
+class _Layout(NamedTuple):
+    """Where the copies of tokens stand in the grouped products."""
+
+    ends: Tensor  # [E] int32: one past each expert's last row
+    source: Tensor  # [R] token of each row; padding repeats token 0
+    slot: Tensor  # [M, K] row of each token's copies
+
+    @classmethod
+    def of(cls, ids: Tensor, experts: int) -> "_Layout":
+        flat = ids.flatten()
+        sizes = torch.bincount(flat, minlength=experts)
+        padded = (sizes + (TILE - 1)) // TILE * TILE
+        ends = padded.cumsum(0)
+        # Off the CPU the number of rows is bounded, not read, so that the host does not wait; what follows the last
+        # expert's rows belongs to none and is never read back.
+        rows = int(ends[-1]) if ids.device.type == "cpu" else len(flat) + min(experts, len(flat)) * (TILE - 1)
+        order = flat.argsort(stable=True)
+        expert = flat[order]
+        rank = torch.arange(len(flat), device=ids.device) - (sizes.cumsum(0) - sizes)[expert]
+        row = (ends - padded)[expert] + rank
+        source = torch.zeros(rows, dtype=torch.long, device=ids.device)
+        source[row] = order // ids.shape[1]
+        slot = torch.empty_like(flat)
+        slot[order] = row
+        return cls(ends.int(), source, slot.view_as(ids))
+
+    def scatter(self, weights: Tensor) -> Tensor:
+        """Routing weights ``[M, K]`` by row, ``[R, 1]``, 0 for padding."""
+        rows = weights.new_zeros(len(self.source))
+        rows[self.slot.flatten()] = weights.flatten()
+        return rows.unsqueeze(1)
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Sum over each token's copies, ``[M, D]`` from ``[R, D]``, at least float32."""
+        return F.embedding_bag(self.slot, at_least_fp32(rows), mode="sum")
+
+    def product(self, rows: Tensor, matrices: Tensor) -> Tensor:
+        """Each expert's rows times its matrix: ``[R, x]`` and ``[E, x, y]`` to ``[R, y]``."""
+        if _groupable(rows, matrices):
+            return torch._grouped_mm(rows, matrices, offs=self.ends)
+        shares = zip(rows.split(self._sizes()), matrices.unbind(), strict=True)
+        return torch.cat([share @ matrix for share, matrix in shares])
+
+    def outer(self, left: Tensor, right: Tensor) -> Tensor:
+        """Sum over each expert's rows of left^T right: ``[R, x]`` and ``[R, y]`` to ``[E, x, y]``."""
+        if _groupable(left, right):
+            return torch._grouped_mm(left.mT, right, offs=self.ends)
+        shares = zip(left.split(self._sizes()), right.split(self._sizes()), strict=True)
+        return torch.stack([a.mT @ b for a, b in shares])
+
+    def _sizes(self) -> list[int]:
+        sizes: list[int] = self.ends.diff(prepend=self.ends.new_zeros(1)).tolist()
+        sizes[-1] += len(self.source) - int(self.ends[-1])  # rows of no expert, which must be split off as well
+        return sizes
+
+
+def _groupable(*factors: Tensor) -> bool:
+    """Whether torch's grouped product takes them: not float64, and rows of whole 16 bytes. Odd widths need a loop."""
+    return all(x.dtype != torch.float64 and max(x.stride()[-2:]) * x.element_size() % 16 == 0 for x in factors)
+
+
+class _RoutedExperts(torch.autograd.Function):
+    """Saves the two projections; gathered tokens and hidden activations are made again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, ids: Tensor, weights: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, limit: float
+    ) -> tuple[Tensor, Tensor]:
+        layout = _Layout.of(ids, len(w1))
+        rows = x[layout.source]
+        gate, up = (layout.product(rows, w.to(x.dtype).mT) for w in (w1, w3))
+        del rows
+        hidden = (clamped_swiglu(gate, up, limit) * layout.scatter(weights)).to(x.dtype)
+        output = layout.gather(layout.product(hidden, w2.to(x.dtype).mT))
+        hits = _clamped_rows(gate, up, limit)[layout.slot].sum() / max(2 * layout.slot.numel() * gate.shape[1], 1)
+        ctx.save_for_backward(x, weights, w1, w3, w2, gate, up, *layout)
+        ctx.limit = limit
+        ctx.mark_non_differentiable(hits)
+        return output, hits
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        x, weights, w1, w3, w2, gate, up, *layout = ctx.saved_tensors
+        layout = _Layout(*layout)
+        upper = gradient.to(x.dtype)[layout.source]
+        # A row of padding has weight 0: hidden and both slopes are 0 there, whatever token it repeats.
+        with torch.enable_grad():
+            leaves = [t.detach().requires_grad_() for t in (gate, up, layout.scatter(weights))]
+            hidden = (clamped_swiglu(leaves[0], leaves[1], ctx.limit) * leaves[2]).to(x.dtype)
+        to_w2 = layout.outer(upper, hidden.detach()).to(w2.dtype)
+        to_gate, to_up, to_scale = torch.autograd.grad(hidden, leaves, layout.product(upper, w2.to(x.dtype)))
+        del upper, hidden
+        rows = x[layout.source]
+        to_w1, to_w3 = (layout.outer(slope, rows).to(w1.dtype) for slope in (to_gate, to_up))
+        del rows
+        to_rows = layout.product(to_gate, w1.to(x.dtype)).add_(layout.product(to_up, w3.to(x.dtype)))
+        return layout.gather(to_rows).to(x.dtype), None, to_scale[layout.slot].squeeze(-1), to_w1, to_w3, to_w2, None
+
+
+def _clamped_rows(gate: Tensor, up: Tensor, limit: float) -> Tensor:
+    """How many elements of each row ``clamped_swiglu`` clamps, ``[R]`` float32."""
+    if limit <= 0:
+        return gate.new_zeros(len(gate), dtype=torch.float32)
+    return ((gate > limit).sum(1) + (up.abs() > limit).sum(1)).float()

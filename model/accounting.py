@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
+from .attention import AttentionMode
 from .config import ModelConfig
-from .transformer import AttentionMode, Transformer
+from .transformer import Transformer
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Source: recipe 2; paper 2.3; the official inference code where the two disagree.
 """
 
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +13,37 @@ from torch import Tensor, nn
 from ..kernels.attention import hybrid_attention
 from ..kernels.compressor import compress
 from ..kernels.documents import Blocks, Documents, find_blocks, find_documents
-from ..kernels.indexer import index_scores, select_top_k
+from ..kernels.indexer import Attended, IndexerLoss, indexer_loss, select_entries, selection_recall
 from ..kernels.norm import at_least_fp32, rms_norm
 from ..kernels.rope import apply_rope, rope_frequencies, rope_table
 from .config import ModelConfig
 from .layers import Linear, RMSNorm
+from .recompute import Route
 
 RopeTable = tuple[Tensor, Tensor]
+AttentionMode = Literal["dense", "indexer_warmup", "sparse"]
+
+
+@dataclass(frozen=True)
+class AttentionTask:
+    """What the attention layers do in a forward pass, besides attending (recipe 2.5).
+
+    Attributes:
+        mode: "sparse" lets CSA layers attend to the indexer's choice, the others to every visible entry.
+        indexer_loss: compute the loss that trains the indexer; its gradient goes to the indexer alone.
+        statistics: with it, measure how much attention mass the indexer's choice catches.
+    """
+
+    mode: AttentionMode = "sparse"
+    indexer_loss: bool = False
+    statistics: bool = False
+
+
+class IndexerReport(NamedTuple):
+    """What the indexer of one layer learned from a batch: sums over tokens."""
+
+    loss: IndexerLoss
+    recall: tuple[Tensor, Tensor] | None  # sum over sampled tokens and their number
 
 
 @dataclass(frozen=True)
@@ -75,9 +100,9 @@ class Compressor(nn.Module):
 
 
 class Indexer(nn.Module):
-    """The lightning indexer: picks the compressed entries that each query of a CSA layer attends to (recipe 2.3).
+    """The lightning indexer: scores the compressed entries of a CSA layer for each query (recipe 2.3).
 
-    The choice is discrete, so the language-model loss sends it no gradient.
+    The choice of the best is discrete, so the language-model loss sends it no gradient; ``indexer_loss`` trains it.
     """
 
     def __init__(self, config: ModelConfig, ratio: int) -> None:
@@ -87,15 +112,15 @@ class Indexer(nn.Module):
         self.weights_proj = Linear(config.hidden_size, self.heads)
         self.compressor = Compressor(config, self.dim, ratio, overlap=True)
 
-    @torch.no_grad()
-    def forward(self, x: Tensor, q_latent: Tensor, geometry: Geometry) -> Tensor:
-        """Selected entries ``[B, T, k]``, -1 for none; x ``[B, T, D]``, q_latent ``[B, T, q_lora_rank]``."""
+    def forward(self, x: Tensor, q_latent: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries ``[B, T, I, J]``, keys ``[B, N, J]`` and head weights ``[B, T, I]`` of the index scores.
+
+        Its inputs, x ``[B, T, D]`` and q_latent ``[B, T, q_lora_rank]``, get no gradient.
+        """
+        x, q_latent = x.detach(), q_latent.detach()
         q = self.wq_b(q_latent).unflatten(-1, (self.heads, self.dim))
-        q = apply_rope(q, geometry.compressed_rope)
         weights = self.weights_proj(x) * (self.dim**-0.5 * self.heads**-0.5)
-        scores = index_scores(q, self.compressor(x, geometry), weights)
-        blocks = geometry.blocks[self.compressor.ratio]
-        return select_top_k(scores, blocks.first, blocks.end, self.top_k)
+        return apply_rope(q, geometry.compressed_rope), self.compressor(x, geometry), weights
 
 
 class Attention(nn.Module):
@@ -117,25 +142,35 @@ class Attention(nn.Module):
         self.compressor = Compressor(config, self.dim, self.ratio, kind == "csa") if self.ratio else None
         self.indexer = Indexer(config, self.ratio) if kind == "csa" else None
 
-    def forward(self, x: Tensor, geometry: Geometry, dense: bool = False) -> tuple[Tensor, Tensor]:
-        """Output ``[B, T, D]`` and the sink's share of each softmax ``[B, T, H]`` (detached).
-
-        ``dense`` makes a CSA layer attend to every visible entry instead of the indexer's choice.
-        """
+    def forward(
+        self, x: Tensor, geometry: Geometry, task: AttentionTask, route: Route
+    ) -> tuple[Tensor, Tensor, IndexerReport | None]:
+        """Output ``[B, T, D]``, the sink's share of each softmax ``[B, T, H]`` (detached), and the indexer's report."""
         rope = geometry.compressed_rope if self.ratio else geometry.window_rope
         q_latent = self.q_norm(self.wq_a(x))
         q = self.wq_b(q_latent).unflatten(-1, (self.heads, self.dim))
         q = apply_rope(rms_norm(q, eps=self.eps), rope)
         kv = apply_rope(self.kv_norm(self.wkv(x)), rope)
-        entries = blocks = selected = None
+        entries = blocks = selected = report = None
+        index: tuple[Tensor, Tensor, Tensor] | None = None
         if self.compressor is not None:
             entries, blocks = self.compressor(x, geometry), geometry.blocks[self.ratio]
-            if self.indexer is not None and not dense:
-                selected = self.indexer(x, q_latent, geometry)
-        first = geometry.documents.first
-        out, sink = hybrid_attention(q, kv, self.attn_sink, first, self.window, entries, blocks, selected)
+        if self.indexer is not None and blocks is not None and (task.mode == "sparse" or task.indexer_loss):
+            with torch.set_grad_enabled(task.indexer_loss):
+                index = self.indexer(x, q_latent, geometry)
+            if task.mode == "sparse":
+                selected = route.recall("entries", select_entries, *index, blocks, self.indexer.top_k)
+        documents = geometry.documents
+        out, lse = hybrid_attention(q, kv, self.attn_sink, documents.first, self.window, entries, blocks, selected)
+        if task.indexer_loss and self.indexer is not None and index is not None and entries is not None and blocks:
+            attended, recall = Attended(q.detach(), entries.detach(), lse), None
+            if task.statistics:
+                recall = selection_recall(*index, attended, blocks, documents.valid, self.indexer.top_k, selected)
+            with torch.enable_grad():
+                loss = indexer_loss(*index, attended, blocks, documents.valid, selected)
+            report = IndexerReport(loss, recall)
         out = apply_rope(out, rope, inverse=True)
         grouped = out.flatten(2).unflatten(2, (self.groups, -1))  # [B, T, G, H C / G]
         low_rank = self.wo_a.weight.to(x.dtype).unflatten(0, (self.groups, -1))  # [G, o_lora_rank, H C / G]
         out = torch.einsum("btgi,gri->btgr", grouped, low_rank)
-        return self.wo_b(out.flatten(2)), sink
+        return self.wo_b(out.flatten(2)), (self.attn_sink.detach() - lse).exp(), report

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels.cross_entropy import IGNORED, linear_cross_entropy
-from .transformer import AttentionMode, BlockReport, Transformer
+from ..kernels.cross_entropy import IGNORED, linear_cross_entropy, token_cross_entropy
+from ..kernels.indexer import IndexerLoss
+from .attention import AttentionMode, AttentionTask, IndexerReport
+from .transformer import BlockReport, Transformer
 
 
 @dataclass(frozen=True)
@@ -30,19 +32,21 @@ class Counts:
 
 @dataclass(frozen=True)
 class Losses:
-    """Sums over one micro-batch; the first three carry gradients."""
+    """Sums over one micro-batch; the first four carry gradients."""
 
     main: Tensor  # next-token cross-entropy, nats
     mtp: Tensor  # cross-entropy of the token after it, nats
     balance: Tensor  # sequence-wise balance loss times tokens, summed over layers
+    indexer: IndexerLoss  # KL divergence of the indexers, nats, summed over tokens and CSA layers
     load: dict[str, Tensor]  # by block: [E] tokens per expert
     statistics: dict[str, Tensor]  # 0-dim, detached; empty unless asked for
 
-    def total(self, counts: Counts, mtp_weight: float, balance_weight: float) -> Tensor:
-        """The scalar to differentiate: each sum over its count of the whole step (recipe 3, 9)."""
+    def total(self, counts: Counts, mtp_weight: float, balance_weight: float, indexer_weight: float = 0.0) -> Tensor:
+        """The scalar to differentiate: each sum over its count of the whole step (recipe 2.5, 3, 9)."""
         main = self.main / counts.main.clamp(min=1)
         mtp = self.mtp / counts.mtp.clamp(min=1)
-        return main + mtp_weight * mtp + balance_weight * self.balance / counts.valid.clamp(min=1)
+        per_token = balance_weight * self.balance + indexer_weight * self.indexer.kl
+        return main + mtp_weight * mtp + per_token / counts.valid.clamp(min=1)
 
 
 def shifted_targets(tokens: Tensor, segments: Tensor, distance: int) -> Tensor:
@@ -62,22 +66,36 @@ def training_losses(
     segments: Tensor,
     attention: AttentionMode = "sparse",
     mtp: bool = True,
+    indexer: bool = False,
     statistics: bool = False,
 ) -> Losses:
-    """Runs the model on ``tokens [B, T]`` packed as ``segments [B, T]`` says, and sums its losses."""
-    output = model.run(tokens, segments, attention=attention, mtp=mtp)
-    main = linear_cross_entropy(model.hidden(output.streams), model.head.weight, shifted_targets(tokens, segments, 1))
-    mtp_sum = main.new_zeros(())
-    if output.mtp_streams is not None:
-        hidden = model.hidden(output.mtp_streams, model.mtp[0])
-        mtp_sum = linear_cross_entropy(hidden, model.head.weight, shifted_targets(tokens, segments, 2)).sum()
+    """Runs the model on ``tokens [B, T]`` packed as ``segments [B, T]`` says, and sums its losses.
+
+    ``indexer`` computes the indexers' loss as well. In the mode "indexer_warmup" it is the only one with a gradient:
+    everything else is frozen, and what it costs to remember for a backward pass is saved (recipe 2.5).
+    """
+    warmup = attention == "indexer_warmup"
+    task = AttentionTask(attention, indexer or warmup, statistics)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not warmup):
+        output = model.run(tokens, segments, task=task, mtp=mtp and not warmup)
+        targets = shifted_targets(tokens, segments, 1)
+        main = linear_cross_entropy(model.hidden(output.streams), model.head.weight, targets)
+        mtp_sum = main.new_zeros(())
+        if output.mtp_streams is not None:
+            hidden = model.hidden(output.mtp_streams, model.mtp[0])
+            mtp_sum = linear_cross_entropy(hidden, model.head.weight, shifted_targets(tokens, segments, 2))
     routing = {name: report.routing for name, report in output.reports.items()}
+    indexers = [report.indexer for report in output.reports.values() if report.indexer is not None]
+    zero = main.new_zeros(())
     return Losses(
-        main.sum(),
+        main,
         mtp_sum,
         torch.stack([r.balance for r in routing.values()]).sum(),
+        IndexerLoss(*(sum(column, zero) for column in zip(*(r.loss for r in indexers), strict=True)))
+        if indexers
+        else IndexerLoss(zero, zero, zero.long()),
         {name: r.load for name, r in routing.items()},
-        summarize(output.reports, segments >= 0) if statistics else {},
+        summarize(output.reports, segments >= 0) | recall_statistics(indexers) if statistics else {},
     )
 
 
@@ -85,9 +103,18 @@ def token_losses(
     model: Transformer, tokens: Tensor, segments: Tensor, attention: AttentionMode
 ) -> tuple[Tensor, Tensor]:
     """For evaluation: each token's next-token cross-entropy in nats ``[B, T]``, and the targets ``[B, T]``."""
-    output = model.run(tokens, segments, attention=attention, mtp=False)
+    output = model.run(tokens, segments, task=AttentionTask(attention), mtp=False)
     targets = shifted_targets(tokens, segments, 1)
-    return linear_cross_entropy(model.hidden(output.streams), model.head.weight, targets), targets
+    return token_cross_entropy(model.hidden(output.streams), model.head.weight, targets), targets
+
+
+def recall_statistics(indexers: Iterable[IndexerReport]) -> dict[str, Tensor]:
+    """Mean over sampled tokens and CSA layers of ``kernels.indexer.selection_recall``."""
+    recalls = [report.recall for report in indexers if report.recall is not None]
+    if not recalls:
+        return {}
+    caught, tokens = torch.stack([torch.stack(recall) for recall in recalls]).sum(0).unbind()
+    return {"indexer/recall": caught / tokens.clamp(min=1)}
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..kernels.moe import clamp_hits, clamped_swiglu, expert_weights, routed_experts, router_scores, top_experts
 from .config import ModelConfig
 from .layers import Linear
+from .recompute import Route
 
 
 class Routing(NamedTuple):
@@ -35,14 +36,14 @@ class Gate(nn.Module):
         self.register_buffer("tid2eid", table)
         self.register_buffer("bias", None if hash_routed else torch.empty(config.n_routed_experts))
 
-    def forward(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, tokens: Tensor, route: Route) -> tuple[Tensor, Tensor, Tensor]:
         """Expert ids ``[M, K]``, their weights ``[M, K]`` and all scores ``[M, E]``; x ``[M, D]``, tokens ``[M]``."""
         scores = router_scores(x, self.weight)
         if self.tid2eid is not None:
             ids = self.tid2eid[tokens]
         else:
             assert self.bias is not None
-            ids = top_experts(scores.detach() + self.bias, self.top_k)
+            ids = route.recall("experts", top_experts, scores.detach() + self.bias, self.top_k)
         return ids, expert_weights(scores, ids, self.scale), scores
 
 
@@ -86,10 +87,10 @@ class MoE(nn.Module):
         self.experts = Experts(config)
         self.shared_experts = SharedExpert(config)
 
-    def forward(self, x: Tensor, tokens: Tensor, first: Tensor, valid: Tensor) -> tuple[Tensor, Routing]:
+    def forward(self, x: Tensor, tokens: Tensor, first: Tensor, valid: Tensor, route: Route) -> tuple[Tensor, Routing]:
         """``tokens [B, T]`` for hash routing; ``first`` and ``valid`` ``[B, T]`` bound the documents (statistics)."""
         flat = x.flatten(0, 1)
-        ids, weights, scores = self.gate(flat, tokens.flatten())
+        ids, weights, scores = self.gate(flat, tokens.flatten(), route)
         routed, routed_clamped = self.experts(flat, ids, weights)
         shared, shared_clamped = self.shared_experts(flat)
         counted = valid.flatten()

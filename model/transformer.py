@@ -8,20 +8,19 @@ Parameter and buffer names are those of the released checkpoints, except that ro
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.hyper_connection import Mixing, collapse, expand, head_coefficients, mixing_coefficients
+from ..kernels.hyper_connection import Mixing, mhc_head, mhc_post, mhc_pre
 from ..kernels.norm import at_least_fp32
-from .attention import Attention, Geometry
+from .attention import Attention, AttentionMode, AttentionTask, Geometry, IndexerReport
 from .config import ModelConfig
 from .layers import Linear, RMSNorm
 from .moe import MoE, Routing
-
-AttentionMode = Literal["dense", "sparse"]
+from .recompute import Recompute, Route, recomputed
 
 
 class BlockReport(NamedTuple):
@@ -30,6 +29,7 @@ class BlockReport(NamedTuple):
     routing: Routing
     sink: Tensor  # [B, T, H] the sink's share of each softmax
     residuals: tuple[Tensor, Tensor]  # [B, T, S, S] stream mixing at the attention and at the MoE site, detached
+    indexer: IndexerReport | None  # of a CSA layer whose indexer trains
 
 
 class Output(NamedTuple):
@@ -56,21 +56,23 @@ class Block(nn.Module):
             self.register_parameter(f"hc_{site}_base", _empty(streams * (streams + 2)))
             self.register_parameter(f"hc_{site}_scale", _empty(3))
 
-    def forward(self, streams: Tensor, tokens: Tensor, geometry: Geometry, dense: bool) -> tuple[Tensor, BlockReport]:
-        mixing = self._mixing(streams, "attn")
-        output, sink = self.attn(self.attn_norm(collapse(streams, mixing.pre)), geometry, dense)
-        streams = expand(streams, output, mixing)
-        attention_residual, mixing = mixing.residual.detach(), self._mixing(streams, "ffn")
+    def forward(
+        self, streams: Tensor, tokens: Tensor, geometry: Geometry, task: AttentionTask, route: Route
+    ) -> tuple[Tensor, BlockReport]:
+        x, mixing = self._read(streams, "attn")
+        output, sink, indexer = self.attn(self.attn_norm(x), geometry, task, route)
+        streams = mhc_post(streams, output, mixing)
+        attention_residual = mixing.residual.detach()
+        x, mixing = self._read(streams, "ffn")
         documents = geometry.documents
-        x = self.ffn_norm(collapse(streams, mixing.pre))
-        output, routing = self.ffn(x, tokens, documents.first, documents.valid)
-        streams = expand(streams, output, mixing)
-        return streams, BlockReport(routing, sink, (attention_residual, mixing.residual.detach()))
+        output, routing = self.ffn(self.ffn_norm(x), tokens, documents.first, documents.valid, route)
+        streams = mhc_post(streams, output, mixing)
+        return streams, BlockReport(routing, sink, (attention_residual, mixing.residual.detach()), indexer)
 
-    def _mixing(self, streams: Tensor, site: str) -> Mixing:
+    def _read(self, streams: Tensor, site: str) -> tuple[Tensor, Mixing]:
         fn, base, scale = (getattr(self, f"hc_{site}_{part}") for part in ("fn", "base", "scale"))
         c = self.config
-        return mixing_coefficients(streams, fn, base, scale, c.hc_sinkhorn_iters, c.hc_eps, c.rms_norm_eps)
+        return mhc_pre(streams, fn, base, scale, c.hc_sinkhorn_iters, c.hc_eps, c.rms_norm_eps)
 
 
 class MTPBlock(Block):
@@ -96,12 +98,15 @@ class MTPBlock(Block):
 class Transformer(nn.Module):
     """DeepSeek-V4. Builds on any device, meta included; ``init_weights`` or ``load_pretrained`` fills it.
 
-    ``compute_dtype`` is that of the residual streams and matrix products; None: that of the parameters.
+    ``compute_dtype`` is that of the residual streams and matrix products; None: that of the parameters. ``recompute``
+    says what the blocks keep for the backward pass (``recompute.py``); it changes no result.
     """
 
-    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, config: ModelConfig, compute_dtype: torch.dtype | None = None, recompute: Recompute = "none"
+    ) -> None:
         super().__init__()
-        self.config, self.compute_dtype = config, compute_dtype
+        self.config, self.compute_dtype, self.recompute = config, compute_dtype, recompute
         self.embed = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size), freeze=False)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -122,9 +127,9 @@ class Transformer(nn.Module):
             tokens: ``[B, T]`` int64.
             segments: ``[B, T]`` int, documents packed in a row, -1 for padding; None: each row is one document.
             positions: ``[B, T]`` int, for the rotary embedding; None: they restart with each document.
-            attention: "dense" makes CSA layers attend to every visible entry, "sparse" to the indexer's choice.
+            attention: "sparse" makes CSA layers attend to the indexer's choice, the others to every visible entry.
         """
-        output = self.run(tokens, segments, positions, attention, mtp=False)
+        output = self.run(tokens, segments, positions, AttentionTask(attention), mtp=False)
         return self.logits(output.streams)
 
     def run(
@@ -132,19 +137,19 @@ class Transformer(nn.Module):
         tokens: Tensor,
         segments: Tensor | None = None,
         positions: Tensor | None = None,
-        attention: AttentionMode = "sparse",
+        task: AttentionTask | None = None,
         mtp: bool = True,
     ) -> Output:
         """Everything but the output head; arguments as in ``forward``. ``mtp`` runs the MTP block as well."""
+        task = task or AttentionTask()
         if segments is None:
             segments = torch.zeros_like(tokens)
         geometry = Geometry.of(self.config, segments, positions)
-        dense = attention == "dense"
         embedding = self.embed(tokens).to(self.compute_dtype or self.embed.weight.dtype)
         streams = embedding.unsqueeze(2).expand(-1, -1, self.config.hc_mult, -1)
         reports: dict[str, BlockReport] = {}
         for index, block in enumerate(self.layers):
-            streams, reports[f"layers.{index}"] = block(streams, tokens, geometry, dense)
+            streams, reports[f"layers.{index}"] = recomputed(self.recompute, block, streams, tokens, geometry, task)
         mtp_streams = None
         if mtp and self.mtp:
             block = self.mtp[0]
@@ -154,16 +159,15 @@ class Transformer(nn.Module):
             following = F.pad(embedding[:, 1:], (0, 0, 0, 1)) * has_next.unsqueeze(-1)
             shortened = Geometry.of(self.config, segments.masked_fill(~has_next, -1), positions)
             mtp_streams = block.merge(streams, following)
-            mtp_streams, reports["mtp.0"] = block(mtp_streams, tokens, shortened, dense)
+            mtp_streams, reports["mtp.0"] = recomputed(self.recompute, block, mtp_streams, tokens, shortened, task)
         return Output(streams, mtp_streams, reports)
 
     def hidden(self, streams: Tensor, owner: nn.Module | None = None) -> Tensor:
         """Input of the output head ``[B, T, D]``; ``owner`` (self or an MTP block) has the collapse and the norm."""
         owner, c = owner or self, self.config
         fn, base, scale = (getattr(owner, f"hc_head_{part}") for part in ("fn", "base", "scale"))
-        weights = head_coefficients(streams, fn, base, scale, c.hc_eps, c.rms_norm_eps)
         norm: Callable[[Tensor], Tensor] = owner.norm  # type: ignore[assignment]
-        return norm(collapse(streams, weights))
+        return norm(mhc_head(streams, fn, base, scale, c.hc_eps, c.rms_norm_eps))
 
     def logits(self, streams: Tensor, owner: nn.Module | None = None) -> Tensor:
         """Logits ``[B, T, V]``, formed in float32."""

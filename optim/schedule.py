@@ -14,7 +14,7 @@ from itertools import accumulate
 from typing import Literal, get_args
 
 LrShape = Literal["constant", "linear", "cosine"]
-Attention = Literal["dense", "sparse"]
+Attention = Literal["dense", "indexer_warmup", "sparse"]
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,15 @@ class Stage:
         lr_end: learning rate at the stage's last token; None for `lr`.
         lr_shape: the way from `lr` to `lr_end`, in tokens, from the step that ends the warm-up.
         warmup_steps: steps of linear growth from `lr / warmup_steps` at the stage's first step to `lr`.
-        attention: `dense` or `sparse`.
-        mtp_weight: factor of the multi-token-prediction loss.
+        attention: what CSA layers attend to, and what trains their lightning indexer (recipe 2.5). `dense`: every
+            visible compressed entry; the indexer is neither used nor trained. `indexer_warmup`: as dense, and all but
+            the indexer is frozen: its KL loss is the only loss, and the router's biases rest. `sparse`: the indexer's
+            top-k; the KL loss is restricted to them.
+        mtp_weight: factor of the multi-token-prediction loss; as the next two, not used by an indexer warm-up.
         balance_weight: factor of the sequence-wise balance loss.
         bias_speed: step of the router's balancing biases.
+        indexer_weight: factor of the indexer's KL loss under sparse attention; 0 trains no indexer. Not published for
+            V4; the default is NVIDIA's (recipe 2.5).
 
     Raises:
         ValueError: a value is out of range, or two values contradict each other.
@@ -55,13 +60,15 @@ class Stage:
     mtp_weight: float = 0.3
     balance_weight: float = 1e-4
     bias_speed: float = 0.001
+    indexer_weight: float = 0.01
 
     def __post_init__(self) -> None:
         for key in ("tokens", "sequence_length", "batch_tokens", "batch_tokens_start", "lr"):
             value = getattr(self, key)
             if value is not None and not 0 < value < math.inf:
                 self._refuse(key, "give a positive number")
-        for key in ("batch_ramp_tokens", "warmup_steps", "lr_end", "mtp_weight", "balance_weight", "bias_speed"):
+        weights = ("mtp_weight", "balance_weight", "bias_speed", "indexer_weight")
+        for key in ("batch_ramp_tokens", "warmup_steps", "lr_end", *weights):
             value = getattr(self, key)
             if value is not None and not 0 <= value < math.inf:
                 self._refuse(key, "give 0 or more")
@@ -114,7 +121,11 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that one optimizer step needs to know of the schedule; a global batch is `rows` rows."""
+    """Everything that one optimizer step needs to know of the schedule; a global batch is `rows` rows.
+
+    The weights are those of the step's attention mode: `indexer_weight` is 0 under dense attention, and in an indexer
+    warm-up it is 1 and the others are 0.
+    """
 
     stage: int
     name: str
@@ -125,6 +136,7 @@ class Plan:
     mtp_weight: float
     balance_weight: float
     bias_speed: float
+    indexer_weight: float = 0.0
 
     @property
     def tokens(self) -> int:
@@ -201,6 +213,8 @@ class Schedule:
             return None
         index = min(bisect_right(self._ends, tokens), len(self.stages) - 1)
         stage = self.stages[index]
+        warms_indexer = stage.attention == "indexer_warmup"
+        indexer_weight = {"dense": 0.0, "indexer_warmup": 1.0, "sparse": stage.indexer_weight}[stage.attention]
         return Plan(
             stage=index,
             name=stage.name,
@@ -208,9 +222,10 @@ class Schedule:
             rows=stage.rows(tokens - self._ends[index] + stage.tokens),
             lr=self._lr(index, step, tokens),
             attention=stage.attention,
-            mtp_weight=stage.mtp_weight,
-            balance_weight=stage.balance_weight,
-            bias_speed=stage.bias_speed,
+            mtp_weight=0.0 if warms_indexer else stage.mtp_weight,
+            balance_weight=0.0 if warms_indexer else stage.balance_weight,
+            bias_speed=0.0 if warms_indexer else stage.bias_speed,
+            indexer_weight=indexer_weight,
         )
 
     def _lr(self, index: int, step: int, tokens: int) -> float:

@@ -34,16 +34,16 @@ def test_equals_the_reference(length: int, window: int, kind: str) -> None:
     weight = draw(batch, length, heads, dim).detach()
     results = []
     for function in (hybrid_attention, hybrid_attention_reference):
-        out, share = function(q, kv, sink, documents.first, window, entries, blocks, selected)
+        out, lse = function(q, kv, sink, documents.first, window, entries, blocks, selected)
         gradients = torch.autograd.grad((out * weight).sum(), inputs)
-        results.append((out, share, *gradients))
+        results.append((out, lse, *gradients))
     for ours, theirs in zip(*results, strict=True):
         assert ours.shape == theirs.shape
         assert relative_rms(ours, theirs) < 1e-12
 
 
-def test_probabilities_and_sink_share_sum_to_one() -> None:
-    q, kv = torch.randn(1, 40, 2, 8), torch.ones(1, 40, 8)
+def test_probabilities_and_the_sinks_share_sum_to_one() -> None:
+    q, kv, sink = torch.randn(1, 40, 2, 8), torch.ones(1, 40, 8), torch.tensor([0.5, -1.0])
     documents = find_documents(torch.zeros(1, 40, dtype=torch.long))
-    out, share = hybrid_attention(q, kv, torch.tensor([0.5, -1.0]), documents.first, 7)
-    torch.testing.assert_close(out[..., 0] + share, torch.ones(1, 40, 2))
+    out, lse = hybrid_attention(q, kv, sink, documents.first, 7)
+    torch.testing.assert_close(out[..., 0] + (sink - lse).exp(), torch.ones(1, 40, 2))

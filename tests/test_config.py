@@ -3,7 +3,9 @@
 import functools
 import math
 import re
-from dataclasses import asdict, replace
+import time
+from bisect import bisect_left
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from openv4.launch.evaluate import EvaluateConfig
 from openv4.launch.export import ExportConfig
 from openv4.launch.generate import GenerateConfig
 from openv4.model.config import ModelConfig, ModelConfigError, YarnConfig
+from openv4.optim.schedule import Plan, Schedule
 from openv4.train.config import (
     CONF,
     ConfigError,
@@ -97,7 +100,8 @@ def test_every_model_preset_builds(preset: str) -> None:
 def test_every_preset_of_every_group_loads() -> None:
     for group, presets in presets_of("train").items():
         for preset in presets:
-            assert isinstance(load_config([f"{group}={preset}"]), TrainConfig), (group, preset)
+            config = load_config([f"{group}={preset}", "data.path=x"])  # the pretraining recipes bring none
+            assert isinstance(config, TrainConfig), (group, preset)
 
 
 def test_released_presets_are_those_of_the_recipe() -> None:
@@ -109,6 +113,126 @@ def test_released_presets_are_those_of_the_recipe() -> None:
     for model in (flash, pro):
         assert model.rope_scaling == YarnConfig(16.0, 65536, 32.0, 1.0)
         assert model.max_position_embeddings == 65536 * 16
+
+
+@dataclass(frozen=True)
+class Published:
+    """The paper's training section (recipe 6), and ours of the dense part where it gives a bound only."""
+
+    hidden_size: int
+    tokens: int
+    rows: tuple[int, int, int, int]  # of the full batch at 4K, 16K, 64K, 1M
+    lr: float
+    dense: tuple[float, float]  # tokens seen under dense attention: at least, at most
+
+
+PUBLISHED = {
+    "flash": Published(4096, 32 * 10**12, (18432, 4608, 1152, 72), 2.7e-4, (0.999e12, 1.001e12)),
+    "pro": Published(7168, 33 * 10**12, (23040, 5760, 1440, 90), 2.0e-4, (1.5e12, 3e12)),
+}
+
+
+@functools.cache
+def recipe(size: str) -> tuple[TrainConfig, Schedule, list[tuple[int, Plan]]]:
+    """The config, its schedule, and the first and last step of each stage with the step's plan."""
+    config = load_config([f"run=pretrain_{size}", "data.path=x"])
+    began = time.perf_counter()
+    schedule = Schedule(config.stages)
+    steps, tokens = [0], 0
+    for stage in config.stages[:-1]:
+        tokens += stage.tokens
+        steps.append(bisect_left(range(schedule.total_steps), tokens, key=schedule.tokens_before))
+    steps += [first - 1 for first in steps[1:]] + [schedule.total_steps - 1]
+    plans = []
+    for step in sorted(steps):
+        plan = schedule.plan(step, schedule.tokens_before(step))
+        assert plan is not None
+        plans.append((step, plan))
+    assert time.perf_counter() - began < 1.0
+    return config, schedule, plans
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_pretraining_is_that_of_the_paper(size: str) -> None:
+    wanted, (config, schedule, plans) = PUBLISHED[size], recipe(size)
+    assert (config.name, config.model.hidden_size) == (f"pretrain_{size}", wanted.hidden_size)
+    assert (config.precision.compute, config.grad_clip) == ("bf16", 1.0)
+    assert sum(stage.tokens for stage in config.stages) == wanted.tokens
+    last_step, last = plans[-1]
+    assert 0 <= schedule.total_tokens - wanted.tokens < last.tokens
+    assert schedule.plan(last_step + 1, schedule.total_tokens) is None
+
+    lengths = [4096, 16384, 65536, 1048576]
+    assert list(dict.fromkeys(plan.sequence_length for _, plan in plans)) == lengths
+    rows = {plan.sequence_length: plan.rows for _, plan in plans}  # at the last step of each length
+    assert tuple(rows[length] for length in lengths) == wanted.rows
+    assert (plans[0][1].rows, plans[1][1].rows) == (3072, wanted.rows[0]), "the ramp ends within the first stage"
+
+    modes = [plan.attention for _, plan in plans]
+    assert list(dict.fromkeys(modes)) == ["dense", "indexer_warmup", "sparse"]
+    assert {plan.sequence_length for _, plan in plans if plan.attention == "indexer_warmup"} == {65536}
+    dense = sum(stage.tokens for stage in config.stages if stage.attention == "dense")
+    assert wanted.dense[0] <= dense <= wanted.dense[1]
+    for _, plan in plans:
+        frozen = plan.attention == "indexer_warmup"
+        assert (plan.balance_weight, plan.bias_speed) == ((0, 0) if frozen else (1e-4, 0.001))
+        assert plan.indexer_weight == {"dense": 0, "indexer_warmup": 1, "sparse": 0.01}[plan.attention]
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_learning_rate_and_mtp_weight_of_pretraining(size: str) -> None:
+    peak, (config, schedule, plans) = PUBLISHED[size].lr, recipe(size)
+
+    def at(step: int) -> Plan:
+        plan = schedule.plan(step, schedule.tokens_before(step))
+        assert plan is not None
+        return plan
+
+    for step in (0, 999, 1998):
+        assert at(step).lr == pytest.approx(peak * (step + 1) / 2000)
+    assert at(1999).lr == at(2000).lr == peak
+    (decay,) = (index for index, stage in enumerate(config.stages) if stage.lr_shape != "constant")
+    assert config.stages[decay].lr_shape == "cosine"
+    start, end = (step for step, plan in plans if plan.stage == decay)
+    assert schedule.tokens_before(start) > 0.75 * schedule.total_tokens, "near the end"
+    for step, plan in plans[1:]:
+        if plan.attention == "indexer_warmup":
+            assert (plan.lr, plan.mtp_weight) == (1e-3, 0.0)
+        elif step < start:
+            assert (plan.lr, plan.mtp_weight) == (peak, 0.3)
+        elif step > end:
+            assert (plan.lr, plan.mtp_weight) == (pytest.approx(peak / 10), 0.1)
+    assert (at(start).lr, at(start - 1).mtp_weight, at(start).mtp_weight) == (peak, 0.3, 0.1)
+    middle = at((start + end) // 2)
+    assert (middle.lr, middle.mtp_weight) == (pytest.approx(0.55 * peak, rel=1e-3), 0.1)
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_stages_of_pretraining_begin_and_end_with_a_step(size: str) -> None:
+    """So the indexer's warm-up has the 1,000 steps of V3.2, not what the batch before it left over."""
+    config, schedule, plans = recipe(size)
+    tokens = 0
+    for stage, (first, _), (last, plan) in zip(config.stages, plans[::2], plans[1::2], strict=True):
+        assert schedule.tokens_before(first) == tokens
+        tokens += stage.tokens
+        if stage.attention == "indexer_warmup":
+            assert (last + 1 - first, stage.tokens) == (1000, 1000 * plan.tokens)
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_pretraining_does_not_fall_back_on_the_shipped_text(size: str) -> None:
+    run = f"run=pretrain_{size}"
+    assert refusal(run) == (
+        "data.path is not set; give data.path=<folder from openv4 prepare>, or several as "
+        "data.sources=[{path:<folder>,weight:<share>},...]"
+    )
+    assert refusal(run, "data.path=").startswith("data.path is not set"), "a shell variable that was not set"
+    assert load_config([run, "data=./x"]).data.path == "./x"
+    config = load_config([run, "data.sources=[{path:a},{path:b}]"])
+    assert (config.data.path, [source.path for source in config.data.sources]) == (None, ["a", "b"])
+    assert from_yaml(TrainConfig, to_yaml(config)) == config
+    assert load_config([run, "data=king_james"]).data.path is None, "the shipped text, by name"
+    assert "keep one" in refusal(run, "data.path=a", "data.sources=[{path:b}]")
 
 
 # Values.

@@ -61,7 +61,54 @@ def flash_stages() -> list[Stage]:
 
 def test_constant_stage() -> None:
     plans = walk(Schedule([stage(mtp_weight=0.2, balance_weight=0.5, bias_speed=0.25, attention="dense")]))
-    assert plans == [Plan(0, "s", 10, 10, 1.0, "dense", 0.2, 0.5, 0.25)] * 10
+    assert plans == [Plan(0, "s", 10, 10, 1.0, "dense", 0.2, 0.5, 0.25, 0.0)] * 10
+
+
+WEIGHTS = {"mtp_weight": 0.2, "balance_weight": 0.5, "bias_speed": 0.25, "indexer_weight": 0.125}
+
+
+@pytest.mark.parametrize(
+    ("attention", "wanted"),
+    [
+        ("dense", WEIGHTS | {"indexer_weight": 0.0}),
+        ("indexer_warmup", dict.fromkeys(WEIGHTS, 0.0) | {"indexer_weight": 1.0}),
+        ("sparse", WEIGHTS),
+    ],
+)
+def test_weights_go_with_the_attention(attention: str, wanted: dict[str, float]) -> None:
+    (plan, *_) = plans = walk(Schedule([stage(attention=attention, **WEIGHTS)]))
+    assert plans == [plan] * 10
+    assert plan.attention == attention
+    assert {key: getattr(plan, key) for key in WEIGHTS} == wanted
+
+
+def test_the_indexer_s_weight_by_default_and_off() -> None:
+    assert walk(Schedule([stage()]))[0].indexer_weight == 0.01
+    assert walk(Schedule([stage(indexer_weight=0)]))[0].indexer_weight == 0.0
+
+
+def test_an_indexer_warmup_is_a_stage_like_others() -> None:
+    """It may ramp, warm up and decay; before, between and after others; and, as the last, go on beyond the end."""
+    warmup = stage(
+        name="w",
+        attention="indexer_warmup",
+        lr=2.0,
+        lr_shape="cosine",
+        lr_end=0.5,
+        warmup_steps=3,
+        batch_tokens_start=20,
+        batch_ramp_tokens=400,
+    )
+    plans = walk(Schedule([warmup, stage(attention="dense"), warmup, stage(name="t"), warmup], steps=100))
+    assert list(dict.fromkeys((plan.stage, plan.attention) for plan in plans)) == [
+        (0, "indexer_warmup"),
+        (1, "dense"),
+        (2, "indexer_warmup"),
+        (3, "sparse"),
+        (4, "indexer_warmup"),
+    ]
+    assert {plan.lr for plan in plans if plan.name == "t"} == {1.0}, "the learning rate goes on as if nothing had been"
+    assert (plans[-1].indexer_weight, plans[-1].lr, plans[-1].rows) == (1.0, 0.5, 10)
 
 
 def test_warmup_counts_the_steps_of_its_stage() -> None:
@@ -175,10 +222,13 @@ def test_the_walk_at_construction_equals_the_steps() -> None:
         ({"batch_tokens_start": 200, "batch_ramp_tokens": 20}, "can only grow"),
         ({"batch_tokens_start": 20, "batch_ramp_tokens": 2000}, "at most tokens = 1000"),
         ({"lr_shape": "cosin", "lr_end": 0.1}, "lr_shape = 'cosin': choose one of constant, linear, cosine"),
-        ({"attention": "full"}, "attention = 'full': choose one of dense, sparse"),
+        ({"attention": "full"}, "attention = 'full': choose one of dense, indexer_warmup, sparse"),
         ({"lr_end": 0.1}, "lr_end = 0.1: drop it"),
         ({"lr_shape": "linear"}, "lr_end = None"),
         ({"mtp_weight": -0.1}, "mtp_weight = -0.1"),
+        ({"indexer_weight": -0.01}, "indexer_weight = -0.01: give 0 or more"),
+        ({"indexer_weight": math.nan}, "indexer_weight = nan"),
+        ({"indexer_weight": math.inf, "attention": "dense"}, "indexer_weight = inf"),
         ({"warmup_steps": -1}, "warmup_steps = -1"),
     ],
 )

@@ -22,6 +22,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from ..data.loader import SourceConfig
 from ..model.config import ModelConfig
+from ..model.recompute import Recompute
 from ..optim.groups import OptimConfig
 from ..optim.schedule import Schedule, Stage
 
@@ -39,7 +40,8 @@ class DataConfig:
     """Where the training rows come from.
 
     Attributes:
-        path: a folder that `openv4 prepare` wrote; null prepares the shipped King James text below the output folder.
+        path: a folder that `openv4 prepare` wrote; null prepares the shipped King James text below the output folder,
+            `???` refuses to: this or `sources` must then be set.
         sources: several such folders with weights, instead of `path`.
         vocab_size: of the tokenizer trained for the shipped text.
         workers: threads that read batches ahead.
@@ -53,6 +55,13 @@ class DataConfig:
     verify: bool = True
 
     def __post_init__(self) -> None:
+        if self.path in ("???", ""):  # OmegaConf's mark of a value that must be given; data.path=$UNSET
+            if not self.sources:
+                raise ConfigError(
+                    "data.path is not set; give data.path=<folder from openv4 prepare>, or several as "
+                    "data.sources=[{path:<folder>,weight:<share>},...]"
+                )
+            object.__setattr__(self, "path", None)
         if self.path and self.sources:
             raise ConfigError("data.path and data.sources are both set; keep one")
         if self.workers < 0:
@@ -136,6 +145,7 @@ class TrainConfig:
         steps: stop after so many optimizer steps, the schedule unchanged; null trains all stages.
         micro_batch_tokens: tokens that one forward and backward pass takes; gradients add up to the stage's batch.
         grad_clip: bound of the global gradient norm; null for none.
+        recompute: what each block computes again in the backward pass instead of keeping it: none, selective or full.
         device: auto takes a CUDA device if there is one; threads: of the CPU, null leaves torch's choice.
     """
 
@@ -153,6 +163,7 @@ class TrainConfig:
     steps: int | None = None
     micro_batch_tokens: int = 4096
     grad_clip: float | None = 1.0
+    recompute: Recompute = "none"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = None
 
@@ -171,6 +182,11 @@ class TrainConfig:
                 raise ConfigError(
                     f"stages: {stage.name!r} has sequence_length={stage.sequence_length}, beyond "
                     f"model.max_position_embeddings={self.model.max_position_embeddings}"
+                )
+            if stage.attention == "indexer_warmup" and "csa" not in self.model.kinds:
+                raise ConfigError(
+                    f"stages: {stage.name!r} has attention=indexer_warmup, but model.compress_ratios="
+                    f"{list(self.model.compress_ratios)} has no CSA layer, hence no indexer; drop the stage"
                 )
         if self.micro_batch_tokens < 1:
             raise ConfigError(f"micro_batch_tokens={self.micro_batch_tokens} must be positive")

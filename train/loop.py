@@ -60,6 +60,7 @@ class StepReport:
     main: Tensor  # nats
     mtp: Tensor
     balance: Tensor
+    indexer: Tensor  # [3] KL and what a uniform indexer would have, nats, and tokens x CSA layers
     counts: Counts
     grad_norm: Tensor
     found_inf: Tensor  # 1 if the step was skipped, else 0
@@ -81,7 +82,7 @@ def training_step(
     the step is cut. A step whose gradient norm is not finite changes nothing; the device decides, the host never waits.
     """
     counts = Counts.of(batch.segments for batch in micro_batches)
-    sums = torch.zeros(3, device=model.embed.weight.device)
+    sums = torch.zeros(6, device=model.embed.weight.device)
     load: dict[str, Tensor] = {}
     details: dict[str, Tensor] = {}
     for batch in micro_batches:
@@ -91,18 +92,19 @@ def training_step(
             batch.segments,
             plan.attention,
             mtp=plan.mtp_weight > 0,
+            indexer=plan.indexer_weight > 0,
             statistics=statistics and not details,
         )
-        losses.total(counts, plan.mtp_weight, plan.balance_weight).backward()
-        sums += torch.stack((losses.main, losses.mtp, losses.balance)).detach()
+        losses.total(counts, plan.mtp_weight, plan.balance_weight, plan.indexer_weight).backward()
+        sums += torch.stack((losses.main, losses.mtp, losses.balance, *losses.indexer)).detach()
         load = {name: count + load.get(name, 0) for name, count in losses.load.items()}
         details = details or losses.statistics
     norm, found_inf = clip_by_global_norm(model.parameters(), math.inf if grad_clip is None else grad_clip)
     optimizers.step(plan.lr, found_inf)
     optimizers.zero_grad()
     update_router_biases(model, load, plan.bias_speed, found_inf)
-    main, mtp, balance = sums.unbind()
-    return StepReport(main, mtp, balance, counts, norm, found_inf, load, details)
+    main, mtp, balance = sums[:3].unbind()
+    return StepReport(main, mtp, balance, sums[3:], counts, norm, found_inf, load, details)
 
 
 @torch.no_grad()
@@ -132,7 +134,7 @@ def train(config: TrainConfig) -> Path:
         data = open_dataset(config.data, run, config.model)
         loader = data.loader(config.seed, config.data.workers)
 
-        model = Transformer(config.model, COMPUTE_DTYPES[config.precision.compute])
+        model = Transformer(config.model, COMPUTE_DTYPES[config.precision.compute], config.recompute)
         init_weights(model, config.seed)
         model.to(device)
         optimizers = build_optimizers(model.named_parameters(), model.row_splits(), config.optim)
@@ -361,6 +363,9 @@ class Meter:
             "data/epoch": max((piece[1] for pieces in batch.pieces for piece in pieces), default=0),
             "stability/skipped_steps": state.skipped,
         }
+        kl, uniform, compared = report.indexer.tolist()
+        if compared:
+            row |= {"indexer/kl": kl / compared, "indexer/kl_uniform": uniform / compared}
         row |= {name: float(value) for name, value in report.statistics.items()}
         row |= load_metrics(report.load)
         row |= {f"optim/update_rms/{g.replace(' ', '_')}": float(v) for g, v in optimizers.update_rms().items()}

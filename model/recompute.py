@@ -1,0 +1,56 @@
+"""Activation recomputation: what a block keeps for its backward pass, and what it computes again.
+
+    none       keep what autograd asks for
+    selective  keep what each block's projections and experts produced; norms, rotations, mixing, attention come again
+    full       keep the input of each block alone
+
+The discrete choices (experts of each token, selected entries) are kept in every case: a replay takes the same route
+even where its arithmetic is not bit for bit that of the first pass.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, TypeVar, get_args
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
+
+Recompute = Literal["none", "selective", "full"]
+
+T = TypeVar("T")
+
+# The heavy operations whose results `selective` keeps; attention is not among them, it has its own replay.
+KEPT = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten._grouped_mm.default]
+
+
+class Route:
+    """The discrete choices of one block in one forward pass: made once, remembered when it is replayed."""
+
+    def __init__(self) -> None:
+        self._choices: dict[str, Tensor] = {}
+
+    def recall(self, name: str, choose: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        """``choose(*arguments)`` the first time, and the same tensor ever after."""
+        if name not in self._choices:
+            self._choices[name] = choose(*arguments)
+        return self._choices[name]
+
+
+def recomputed(mode: Recompute, function: Callable[..., T], *arguments: Any) -> T:
+    """``function(*arguments, route)``, whose activations are kept as ``mode`` says.
+
+    Raises:
+        ValueError: the mode is unknown.
+    """
+    if mode not in get_args(Recompute):
+        raise ValueError(f"recompute={mode!r}: choose one of {', '.join(get_args(Recompute))}")
+    route = Route()
+    if mode == "none" or not torch.is_grad_enabled():
+        return function(*arguments, route)
+    context = partial(create_selective_checkpoint_contexts, KEPT) if mode == "selective" else noop_context_fn
+    # Nothing in a block is random, so there is no generator state to keep.
+    result: T = checkpoint(
+        function, *arguments, route, use_reentrant=False, preserve_rng_state=False, context_fn=context
+    )
+    return result
