@@ -42,18 +42,21 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
 @torch.no_grad()
 def token_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """The terms of ``linear_cross_entropy``, ``[...]``, 0 where the target is ``IGNORED``; no gradient."""
-    return torch.cat([losses for _, _, losses in _chunks(hidden, weight, targets)]).view_as(targets)
+    return torch.cat([losses for _, losses, _, _ in _chunks(hidden, weight, targets)]).view_as(targets)
 
 
-def _chunks(hidden: Tensor, weight: Tensor, targets: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """For each chunk its tokens, their log-probabilities ``[m, V]`` and losses ``[m]``."""
+def _chunks(hidden: Tensor, weight: Tensor, targets: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """For each chunk its tokens, their losses ``[m]``, exp(logits - max) ``[m, V]`` and its sums ``[m, 1]``."""
     flat, target, weight = at_least_fp32(hidden).flatten(0, -2), targets.flatten(), at_least_fp32(weight)
     size = max(1, (CPU_ELEMENTS if flat.device.type == "cpu" else GPU_ELEMENTS) // weight.shape[0])
     for start in range(0, max(len(flat), 1), size):
         tokens = slice(start, start + size)
         logits = F.linear(flat[tokens], weight)
-        log_softmax = logits.sub_(logits.logsumexp(-1, keepdim=True))
-        yield tokens, log_softmax, F.nll_loss(log_softmax, target[tokens], ignore_index=IGNORED, reduction="none")
+        label = target[tokens].unsqueeze(-1)
+        logits.sub_(logits.amax(-1, keepdim=True))
+        losses = -logits.gather(-1, label.clamp(min=0))
+        total = logits.exp_().sum(-1, keepdim=True)
+        yield tokens, losses.add_(total.log()).masked_fill_(label == IGNORED, 0.0).squeeze(-1), logits, total
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -63,14 +66,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         to_hidden = torch.empty_like(flat) if ctx.needs_input_grad[0] else None
         to_weight = torch.zeros_like(wide) if ctx.needs_input_grad[1] else None
         total = flat.new_zeros(())
-        for tokens, log_softmax, losses in _chunks(hidden, weight, targets):
+        for tokens, losses, exponentials, sums in _chunks(hidden, weight, targets):
             total += losses.sum()
             if to_hidden is None and to_weight is None:
                 continue
-            counted = target[tokens] != IGNORED
-            slope = log_softmax.exp_().mul_(counted.unsqueeze(-1))  # softmax - one-hot, 0 for ignored tokens
-            label = target[tokens].clamp(min=0).unsqueeze(-1)
-            slope.scatter_add_(1, label, -counted.to(slope.dtype).unsqueeze(-1))
+            label = target[tokens].unsqueeze(-1)
+            counted = (label != IGNORED).to(sums.dtype)
+            slope = exponentials.mul_(counted / sums)  # softmax - one-hot, 0 for ignored tokens
+            slope.scatter_add_(1, label.clamp(min=0), -counted)
             if to_hidden is not None:
                 torch.mm(slope, wide, out=to_hidden[tokens])
             if to_weight is not None:

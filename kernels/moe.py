@@ -156,7 +156,7 @@ class _RoutedExperts(torch.autograd.Function):
         ctx: Any, x: Tensor, ids: Tensor, weights: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, limit: float
     ) -> tuple[Tensor, Tensor]:
         layout = _Layout.of(ids, len(w1))
-        rows = x[layout.source]
+        rows = x.index_select(0, layout.source)
         gate, up = (layout.product(rows, w.to(x.dtype).mT) for w in (w1, w3))
         del rows
         hidden = (clamped_swiglu(gate, up, limit) * layout.scatter(weights)).to(x.dtype)
@@ -172,7 +172,7 @@ class _RoutedExperts(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         x, weights, w1, w3, w2, gate, up, *layout = ctx.saved_tensors
         layout = _Layout(*layout)
-        upper = gradient.to(x.dtype)[layout.source]
+        upper = gradient.to(x.dtype).index_select(0, layout.source)
         # A row of padding has weight 0: hidden and both slopes are 0 there, whatever token it repeats.
         with torch.enable_grad():
             leaves = [t.detach().requires_grad_() for t in (gate, up, layout.scatter(weights))]
@@ -180,7 +180,7 @@ class _RoutedExperts(torch.autograd.Function):
         to_w2 = layout.outer(upper, hidden.detach()).to(w2.dtype)
         to_gate, to_up, to_scale = torch.autograd.grad(hidden, leaves, layout.product(upper, w2.to(x.dtype)))
         del upper, hidden
-        rows = x[layout.source]
+        rows = x.index_select(0, layout.source)
         to_w1, to_w3 = (layout.outer(slope, rows).to(w1.dtype) for slope in (to_gate, to_up))
         del rows
         to_rows = layout.product(to_gate, w1.to(x.dtype)).add_(layout.product(to_up, w3.to(x.dtype)))

@@ -1,5 +1,7 @@
 """Root-mean-square normalisation, with or without a learned weight."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,8 +18,32 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tens
         x: ``[..., D]``, any float dtype; computed in at least float32, returned in the dtype of ``x``.
         weight: ``[D]`` or None (DeepSeek-V4 normalises query heads and mHC inputs without a weight).
     """
-    wide = at_least_fp32(x)
-    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    if weight is not None:
-        normed = normed * weight
-    return normed.to(x.dtype)
+    normed: Tensor = _RMSNorm.apply(x, weight, eps)
+    return normed
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Saves the input and one number a row; autograd would keep the normalised input as well."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+        wide = at_least_fp32(x)
+        square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
+        factor = (square / x.shape[-1] + eps).rsqrt_()
+        ctx.save_for_backward(x, weight, factor)
+        normed = wide * factor
+        return (normed if weight is None else normed.mul_(weight)).to(x.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, factor = ctx.saved_tensors
+        wide, upper = at_least_fp32(x), at_least_fp32(gradient)
+        normed = wide * factor
+        to_weight = None
+        if weight is not None:
+            to_weight = (upper * normed).flatten(0, -2).sum(0).to(weight.dtype)
+            upper = upper * weight
+        # y = x f with f = (mean(x^2) + eps)^-1/2: dx = f (dy - y mean(dy y)).
+        along = (upper * normed).mean(-1, keepdim=True)
+        return normed.mul_(-along).add_(upper).mul_(factor).to(x.dtype), to_weight, None

@@ -47,11 +47,9 @@ def apply_rope(x: Tensor, table: tuple[Tensor, Tensor], inverse: bool = False) -
     DeepSeek-V4 does to the output of attention, whose values carry the rotation of their keys.
     """
     cos, sin = table
-    shape = (*cos.shape[:2], *(1,) * (x.dim() - 3), cos.shape[-1])
-    cos, sin = cos.view(shape), sin.view(shape)
-    if inverse:
-        sin = -sin
     still, turned = x.split([x.shape[-1] - 2 * cos.shape[-1], 2 * cos.shape[-1]], -1)
-    real, imaginary = at_least_fp32(turned).unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), -1).flatten(-2)
+    wide = at_least_fp32(turned).contiguous()
+    turn = torch.complex(cos, -sin if inverse else sin).to(wide.dtype.to_complex())
+    turn = turn.view(*cos.shape[:2], *(1,) * (x.dim() - 3), cos.shape[-1])
+    turned = torch.view_as_real(torch.view_as_complex(wide.unflatten(-1, (-1, 2))) * turn).flatten(-2)
     return torch.cat((still, turned.to(x.dtype)), -1)

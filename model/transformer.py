@@ -146,7 +146,7 @@ class Transformer(nn.Module):
             segments = torch.zeros_like(tokens)
         geometry = Geometry.of(self.config, segments, positions)
         embedding = self.embed(tokens).to(self.compute_dtype or self.embed.weight.dtype)
-        streams = embedding.unsqueeze(2).expand(-1, -1, self.config.hc_mult, -1)
+        streams = embedding.unsqueeze(2).expand(-1, -1, self.config.hc_mult, -1).contiguous()
         reports: dict[str, BlockReport] = {}
         for index, block in enumerate(self.layers):
             streams, reports[f"layers.{index}"] = recomputed(self.recompute, block, streams, tokens, geometry, task)
