@@ -67,6 +67,8 @@ class PrepareConfig:
         vocab_size: size of the BPE to train.
         text_key: key of a JSON line, or column of a Parquet file, that holds the text.
         separator: splits `.txt` files into documents; None takes a file as one document.
+        join_bytes: join consecutive documents, a blank line between them, until they hold so many bytes; 0 takes them
+            as they are. Long documents from a text that is cut into chapters.
         validation_fraction: share of the documents that is held out.
         seed: of the split and of fill-in-the-middle.
         fim_rate: share of the training documents rearranged as prefix, suffix, middle (DeepSeek-V3 and V4: 0.1).
@@ -82,6 +84,7 @@ class PrepareConfig:
     vocab_size: int = 4096
     text_key: str = "text"
     separator: str | None = None
+    join_bytes: int = 0
     validation_fraction: float = 0.05
     seed: int = 0
     fim_rate: float = 0.0
@@ -100,6 +103,7 @@ class PrepareConfig:
         rule = f"at least {MIN_VOCAB_SIZE} (256 bytes and the special tokens)"
         check("vocab_size", self.tokenizer is not None or self.vocab_size >= MIN_VOCAB_SIZE, rule)
         check("separator", self.separator != "", "give a text, or null for one document per file")
+        check("join_bytes", self.join_bytes >= 0, "must be at least 0")
         check("validation_fraction", 0 <= self.validation_fraction < 1, "must be at least 0 and below 1")
         check("fim_rate", 0 <= self.fim_rate <= 1, "must be between 0 and 1")
         check("shard_tokens", self.shard_tokens >= 1, "must be at least 1")
@@ -141,23 +145,27 @@ def prepare(config: PrepareConfig, progress: Progress | None = None) -> Manifest
     return manifest
 
 
-def ensure_prepared(corpus: Path, output: Path, vocab_size: int = 4096, progress: Progress | None = None) -> Path:
+def ensure_prepared(
+    corpus: Path, output: Path, vocab_size: int = 4096, join_bytes: int = 0, progress: Progress | None = None
+) -> Path:
     """Prepare `corpus` into `output` unless that has been done, and return `output`.
 
     Safe to call from several processes at once: the first to finish publishes.
 
     Raises:
-        DataError: `output` is something else, or was prepared with another `vocab_size`.
+        DataError: `output` is something else, or was prepared with another `vocab_size` or `join_bytes`.
     """
     if not _is_prepared(output):
         try:
-            prepare(PrepareConfig(input=str(corpus), output=str(output), vocab_size=vocab_size), progress)
+            config = PrepareConfig(str(corpus), str(output), vocab_size=vocab_size, join_bytes=join_bytes)
+            prepare(config, progress)
         except (DataError, OSError):
             if not _is_prepared(output):
                 raise
-    asked = PreparedData(output, verify=False).manifest.config["vocab_size"]
-    if asked != vocab_size:
-        raise DataError(f"{output} was prepared with vocab_size={asked}, not {vocab_size}: remove it or name another")
+    before = PreparedData(output, verify=False).manifest.config
+    for key, now in (("vocab_size", vocab_size), ("join_bytes", join_bytes)):
+        if before.get(key, 0) != now:
+            raise DataError(f"{output} was prepared with {key}={before.get(key, 0)}, not {now}: remove it or name another")
     return output
 
 
@@ -374,6 +382,22 @@ def _input_files(pattern: str) -> list[Path]:
 
 
 def _documents(files: list[Path], config: PrepareConfig, keep_empty: bool = False) -> Iterator[str]:
+    joined: list[str] = []
+    size = 0
+    for text in _pieces(files, config, keep_empty):
+        if not config.join_bytes or not text.strip():
+            yield text
+            continue
+        joined.append(text)
+        size += len(text.encode())
+        if size >= config.join_bytes:
+            yield "\n\n".join(joined)
+            joined, size = [], 0
+    if joined:
+        yield "\n\n".join(joined)
+
+
+def _pieces(files: list[Path], config: PrepareConfig, keep_empty: bool) -> Iterator[str]:
     for file in files:
         if file.suffix == ".txt":
             texts = _read_txt(file, config.separator)

@@ -31,7 +31,7 @@ class _RMSNorm(torch.autograd.Function):
         square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
         factor = (square / x.shape[-1] + eps).rsqrt_()
         ctx.save_for_backward(x, weight, factor)
-        normed = wide * factor
+        normed: Tensor = wide * factor
         return (normed if weight is None else normed.mul_(weight)).to(x.dtype)
 
     @staticmethod

@@ -39,22 +39,30 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
 def training_flops_per_token(config: ModelConfig, length: int, attention: AttentionMode, mtp: bool = True) -> float:
     """Floating-point operations of forward and backward per token of a document of ``length`` tokens, no recomputation.
 
-    Two per weight and token forward, four backward; attention by the keys that a token sees on average; the indexer
-    forward only, since it gets no gradient from the language-model loss.
+    Two per weight and token forward, four backward; attention by the keys that a token sees on average; the indexer's
+    scores forward only: its loss looks at few entries. In an indexer warm-up all is forward, but for the index scores,
+    and the target takes the attention scores of the entries once more.
     """
+    if attention == "indexer_warmup":
+        mtp = False
     count = count_parameters(config)
     head = config.vocab_size * config.hidden_size
     weights = count.active + ((count.mtp_active + head) if mtp else 0)
     layers = config.num_hidden_layers + (config.num_nextn_predict_layers if mtp else 0)
-    core = index = 0.0
+    core = index = target = 0.0
     for kind, ratio in list(zip(config.kinds, config.compress_ratios, strict=True))[:layers]:
         keys = _mean_of_capped_count(length, 1, config.sliding_window)
-        if kind == "hca" or (kind == "csa" and attention == "dense"):
-            keys += _mean_of_capped_count(length, ratio, length)
-        elif kind == "csa":
+        visible = _mean_of_capped_count(length, ratio, length) if ratio else 0.0
+        if kind == "csa" and attention == "sparse":
             keys += _mean_of_capped_count(length, ratio, config.index_topk)
-            index += 2 * config.index_n_heads * config.index_head_dim * _mean_of_capped_count(length, ratio, length)
+        else:
+            keys += visible
+        if kind == "csa" and attention != "dense":
+            index += 2 * config.index_n_heads * config.index_head_dim * visible
+            target += 2 * config.num_attention_heads * config.head_dim * visible
         core += 4 * config.num_attention_heads * config.head_dim * keys
+    if attention == "indexer_warmup":
+        return 2 * weights + core + 3 * index + target
     return 3 * (2 * weights + core) + index
 
 

@@ -136,7 +136,7 @@ class Plan:
     mtp_weight: float
     balance_weight: float
     bias_speed: float
-    indexer_weight: float = 0.0
+    indexer_weight: float
 
     @property
     def tokens(self) -> int:

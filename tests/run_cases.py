@@ -98,6 +98,7 @@ def plan(lr: float = 1e-2, **changes: Any) -> Plan:
         "mtp_weight": 0.3,
         "balance_weight": 0.1,
         "bias_speed": 0.01,
+        "indexer_weight": 0.01,
     }
     return Plan(**(values | changes))
 

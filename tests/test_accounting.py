@@ -66,12 +66,15 @@ def test_parameters_are_those_of_the_built_model(seed: int) -> None:
 def counted(config: ModelConfig, length: int, attention: AttentionMode, mtp: bool) -> float:
     """Operations of a document, token by token and key by key, over its length."""
     sizes = {name: p.numel() for name, p in Transformer(config).named_parameters() if name != "embed.weight"}
+    # Forward once, backward twice: of the model, or in a warm-up of the indexer alone.
+    passes = {"model": 3, "index": 1} if attention != "indexer_warmup" else {"model": 1, "index": 3}
+    mtp = mtp and attention != "indexer_warmup"
     total = 0.0
     for name, size in sizes.items():
         if name.startswith("mtp.") and not mtp:
             continue
         used = size * config.num_experts_per_tok / config.n_routed_experts if ".experts." in name else size
-        total += length * 6 * used
+        total += length * 2 * passes["model"] * used
     if mtp:  # the output head once more
         total += length * 6 * config.vocab_size * config.hidden_size
     blocks = config.num_hidden_layers + (config.num_nextn_predict_layers if mtp else 0)
@@ -79,16 +82,19 @@ def counted(config: ModelConfig, length: int, attention: AttentionMode, mtp: boo
         for token in range(length):
             keys = len([other for other in range(length) if 0 <= token - other < config.sliding_window])
             entries = [entry for entry in range(length) if ratio and (entry + 1) * ratio <= token + 1]
+            if kind == "csa" and attention != "dense":
+                total += passes["index"] * 2 * config.index_n_heads * config.index_head_dim * len(entries)
+            if kind == "csa" and attention == "indexer_warmup":  # the target
+                total += 2 * config.num_attention_heads * config.head_dim * len(entries)
             if kind == "csa" and attention == "sparse":
-                total += 2 * config.index_n_heads * config.index_head_dim * len(entries)
                 entries = entries[: config.index_topk]
-            # Scores and weighted sum, a product and an addition each, forward once and backward twice.
-            total += 3 * 4 * config.num_attention_heads * config.head_dim * (keys + len(entries))
+            # Scores and weighted sum, a product and an addition each.
+            total += passes["model"] * 4 * config.num_attention_heads * config.head_dim * (keys + len(entries))
     return total / length
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("attention", ["dense", "sparse"])
+@pytest.mark.parametrize("attention", ["dense", "indexer_warmup", "sparse"])
 def test_training_flops_equal_a_count_by_hand(seed: int, attention: AttentionMode) -> None:
     config = random_config(seed, num_hidden_layers=3, layer_types=(SWA, CSA, HCA), compress_ratios=(0, 3, 7, 0))
     for length in (1, 2, 3, 7, 16, 40, 61):

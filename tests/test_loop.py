@@ -262,7 +262,7 @@ def test_another_seed_gives_another_run(config: TrainConfig, straight: Path, tmp
 
 
 def test_golden_losses() -> None:
-    """Eight steps of `nano`, the same pseudo-random tokens each, four dense and four sparse; documents and padding.
+    """Eight steps of `nano` on the same pseudo-random tokens: three dense, two of indexer warm-up, three sparse.
 
     Another CPU or torch adds float32 numbers in another order, 6e-8 a rounding. Measured on one machine: other thread
     counts, other micro-batches, and initial weights changed by a factor of 1 +- 1e-6 all stay within 2e-7 of the loss;
@@ -279,8 +279,11 @@ def test_golden_losses() -> None:
     segments = torch.zeros(4, 64, dtype=torch.int32)
     segments[1, 40:], segments[3, 50:] = 1, -1
     losses = []
-    for step in range(8):
-        now = plan(6e-3, attention="dense" if step < 4 else "sparse", balance_weight=1e-4, bias_speed=1e-3)
+    stages = [{"attention": "dense", "balance_weight": 1e-4, "bias_speed": 1e-3, "indexer_weight": 0.0}] * 3
+    stages += [{"attention": "indexer_warmup", "balance_weight": 0.0, "bias_speed": 0.0, "indexer_weight": 1.0}] * 2
+    stages += [{"attention": "sparse", "balance_weight": 1e-4, "bias_speed": 1e-3, "indexer_weight": 0.01}] * 3
+    for stage in stages:
+        now = plan(6e-3, **stage)
         report = training_step(model, optimizers, [Batch(tokens, segments, ())], now, 1.0)
         losses.append(float(report.main / report.counts.main))
     if os.environ.get("OPENV4_REGENERATE"):

@@ -292,7 +292,19 @@ def test_shipped_corpus_is_prepared_once(tmp_path):
     assert ensure_prepared(tmp_path / "missing", output, vocab_size=300) == output
     with pytest.raises(DataError, match="vocab_size=300, not 400"):
         ensure_prepared(KING_JAMES, output, vocab_size=400)
+    with pytest.raises(DataError, match="join_bytes=0, not 9000"):
+        ensure_prepared(KING_JAMES, output, vocab_size=300, join_bytes=9000)
     (tmp_path / "busy").mkdir()
     (tmp_path / "busy" / "file").touch()
     with pytest.raises(DataError, match="exists and is not empty"):
         ensure_prepared(KING_JAMES, tmp_path / "busy", vocab_size=300)
+
+
+def test_consecutive_documents_join_into_long_ones(tmp_path):
+    texts = ["one", " ", "two \u00e9", "three", "four", "5"]
+    source = write_jsonl(tmp_path / "a.jsonl", texts)
+    manifest = prepare(config(source, tmp_path / "out", join_bytes=9, validation_fraction=0.0))
+    assert list(PreparedData(tmp_path / "out").texts("train")) == ["one\n\ntwo \u00e9", "three\n\nfour", "5"]
+    assert manifest.skipped == 1
+    with pytest.raises(DataError, match="join_bytes=-1"):
+        config(source, tmp_path / "other", join_bytes=-1)

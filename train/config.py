@@ -44,6 +44,7 @@ class DataConfig:
             `???` refuses to: this or `sources` must then be set.
         sources: several such folders with weights, instead of `path`.
         vocab_size: of the tokenizer trained for the shipped text.
+        join_bytes: of the shipped text: join chapters until they hold so many bytes, for long documents; 0: never.
         workers: threads that read batches ahead.
         verify: compare every shard with its checksum at start.
     """
@@ -51,6 +52,7 @@ class DataConfig:
     path: str | None = None
     sources: tuple[SourceConfig, ...] = ()
     vocab_size: int = 4096
+    join_bytes: int = 0
     workers: int = 1
     verify: bool = True
 

@@ -59,7 +59,7 @@ def open_dataset(
     """
     paths = [Path(path) for path in ([config.path] if config.path else [s.path for s in config.sources])]
     if not paths:
-        paths = [ensure_prepared(KING_JAMES, output / "data", config.vocab_size, progress)]
+        paths = [ensure_prepared(KING_JAMES, output / "data", config.vocab_size, config.join_bytes, progress)]
     folders = tuple(PreparedData(path, config.verify) for path in paths)
     for folder in folders:
         if folder.vocab_size > model.vocab_size:

@@ -90,6 +90,9 @@ class Terminal:
     def show(self, row: Row) -> None:
         """One logged step."""
         text = f"loss {row['train/loss']:.4f}  {row['train/tokens_per_second']:,.0f} tokens/s"
+        if "indexer/kl" in row:
+            text += f"  indexer KL {row['indexer/kl']:.3f} of {row['indexer/kl_uniform']:.3f}"
+            text += f", recall {row['indexer/recall']:.2f}" if "indexer/recall" in row else ""
         if "validation/bits_per_byte" in row:
             text += f"  validation {row['validation/bits_per_byte']:.3f} bits per byte"
         self._bar.update(self._task, completed=int(row["step"]), description=text)

@@ -1,0 +1,225 @@
+"""Routed experts against a loop over experts, and what else decides the route."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from model_cases import relative_rms
+from torch import Tensor
+
+from openv4.kernels.moe import (
+    clamp_hits,
+    clamped_swiglu,
+    expert_weights,
+    routed_experts,
+    routed_experts_reference,
+    router_scores,
+    top_experts,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# A product sums over a width, a weight's gradient over an expert's tokens: some hundred terms, each sum off by about the
+# square root of that many roundings, of 6e-8 or 1e-16, and three of them in a row.
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
+NAMES = ["x", "weights", "w1", "w3", "w2"]
+WIDTHS = {"aligned": (16, 24), "odd": (7, 13), "mixed": (8, 5)}  # of tokens and of experts; odd ones take the loop
+
+
+def draw(tokens: int, experts: int = 5, k: int = 2, widths: str = "aligned", seed: int = 0) -> list[Tensor]:
+    """x, ids, weights, w1, w3, w2; float64. Every token chooses different experts."""
+    hidden, inner = WIDTHS[widths]
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    ids = torch.rand(tokens, experts, generator=generator).argsort(1)[:, :k]
+    weights = torch.rand(tokens, k, generator=generator, dtype=torch.float64)
+    w1, w3 = (normal(experts, inner, hidden) * hidden**-0.5 for _ in range(2))
+    return [normal(tokens, hidden), ids, weights, w1, w3, normal(experts, hidden, inner) * inner**-0.5]
+
+
+def run(arguments: list[Tensor], limit: float, *dtypes: torch.dtype, reference: bool = False) -> dict[str, Tensor]:
+    """Output, all gradients and, of ours, the clamped share. ``dtypes``: of x and of the rest."""
+    x, ids, *others = arguments
+    x = x.detach().to(dtypes[0]).requires_grad_()
+    weights, w1, w3, w2 = (t.detach().to(dtypes[-1]).requires_grad_() for t in others)
+    result = {}
+    if reference:
+        result["output"] = routed_experts_reference(x, ids, weights, w1, w3, w2, limit)
+    else:
+        result["output"], result["clamped"] = routed_experts(x, ids, weights, w1, w3, w2, limit)
+        assert not result["clamped"].requires_grad
+    # Numbers that bfloat16 holds, so that every dtype gets the same.
+    upper = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    inputs = [x, weights, w1, w3, w2]
+    gradients = torch.autograd.grad(result["output"], inputs, upper.to(result["output"].dtype))
+    return result | dict(zip(NAMES, gradients, strict=True))
+
+
+def check(arguments: list[Tensor], limit: float = 1.0) -> None:
+    for dtype, tolerance in TOLERANCE.items():
+        ours, theirs = run(arguments, limit, dtype), run(arguments, limit, dtype, reference=True)
+        for name, value in theirs.items():
+            assert ours[name].shape == value.shape, name
+            assert ours[name].dtype == value.dtype, name
+            assert relative_rms(ours[name], value) < tolerance, (name, dtype)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 4, 127, 128, 129, 1000])
+@pytest.mark.parametrize("widths", WIDTHS)
+@pytest.mark.parametrize(("experts", "k"), [(1, 1), (5, 2), (6, 6), (40, 3)])
+def test_equals_the_reference(tokens: int, widths: str, experts: int, k: int) -> None:
+    """With forty experts and few tokens most are empty; with six of six all are full."""
+    check(draw(tokens, experts, k, widths))
+
+
+def test_equals_the_reference_on_four_thousand_tokens() -> None:
+    check(draw(4097, 7, 3))
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.3, 1.0, 100.0])
+@pytest.mark.parametrize("widths", WIDTHS)
+def test_equals_the_reference_for_every_clamp(limit: float, widths: str) -> None:
+    check(draw(60, widths=widths), limit)
+
+
+@pytest.mark.parametrize("widths", WIDTHS)
+@pytest.mark.parametrize("chosen", [[0, 1], [4, 2], [1, 4]])
+def test_experts_without_tokens(chosen: list[int], widths: str) -> None:
+    """All tokens choose the same two: the first, the last or the middle experts stay empty, with zero gradients."""
+    x, ids, *others = draw(33, widths=widths)
+    arguments = [x, torch.tensor(chosen).expand_as(ids).contiguous(), *others]
+    check(arguments)
+    gradients = run(arguments, 1.0, torch.float32)
+    for name in ("w1", "w3", "w2"):
+        assert sorted(chosen) == gradients[name].flatten(1).any(1).nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize("widths", WIDTHS)
+def test_no_tokens(widths: str) -> None:
+    result = run(draw(0, widths=widths), 1.0, torch.float32)
+    assert result["output"].shape == (0, WIDTHS[widths][0])
+    assert result["clamped"] == 0
+    assert not any(result[name].any() for name in NAMES)
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.8])
+def test_gradcheck(limit: float) -> None:
+    """The clamp is active: some gates and ups lie beyond the limit, none within 1e-3 of it, where the kink is."""
+    x, ids, weights, w1, w3, w2 = draw(5, 3, 2, "mixed", seed=1)
+    inner = torch.cat([F.linear(x, w1[e]) for e in range(3)] + [F.linear(x, w3[e]).abs() for e in range(3)])
+    assert (inner > 0.8).any()
+    assert ((inner - 0.8).abs() > 1e-3).all()
+
+    def output(*inputs: Tensor) -> Tensor:
+        x, weights, w1, w3, w2 = inputs
+        return routed_experts(x, ids, weights, w1, w3, w2, limit)[0]
+
+    assert torch.autograd.gradcheck(output, [t.requires_grad_() for t in (x, weights, w1, w3, w2)])
+
+
+@pytest.mark.parametrize("widths", WIDTHS)
+@pytest.mark.parametrize("tokens", [2, 40, 130])
+def test_a_token_does_not_depend_on_the_choices_of_others(tokens: int, widths: str) -> None:
+    """Bit for bit, output and gradient of x: the token's experts are the same and stand in another crowd each time."""
+    x, ids, *others = draw(tokens, widths=widths)
+    results = []
+    for seed in range(4):
+        changed = draw(tokens, seed=seed)[1]
+        changed[tokens // 2] = ids[tokens // 2]
+        changed[: seed * tokens // 4] = ids[tokens // 2]  # the more of them choose the same two experts
+        results.append(run([x, changed, *others], 1.0, torch.float32))
+    alone = [x[tokens // 2 :][:1], ids[tokens // 2 :][:1], others[0][tokens // 2 :][:1], *others[1:]]
+    x, ids, weights, w1, w3, w2 = (t if t.dtype == torch.long else t.float() for t in alone)
+    for result in results:
+        assert torch.equal(result["output"][tokens // 2], results[0]["output"][tokens // 2])
+        assert torch.equal(result["x"][tokens // 2], results[0]["x"][tokens // 2])
+        assert torch.equal(result["weights"][tokens // 2], results[0]["weights"][tokens // 2])
+        assert torch.equal(result["output"][tokens // 2], routed_experts(x, ids, weights, w1, w3, w2, 1.0)[0][0])
+
+
+@pytest.mark.parametrize("widths", WIDTHS)
+def test_the_order_of_tokens_does_not_matter(widths: str) -> None:
+    x, ids, weights, *others = draw(50, widths=widths)
+    order = torch.randperm(50, generator=torch.Generator().manual_seed(0))
+    straight = run([x, ids, weights, *others], 1.0, torch.float32)
+    shuffled = run([x[order], ids[order], weights[order], *others], 1.0, torch.float32)
+    assert torch.equal(straight["output"][order], shuffled["output"])
+    assert torch.equal(straight["clamped"], shuffled["clamped"])
+
+
+@pytest.mark.parametrize("tokens", [1, 17, 100])
+@pytest.mark.parametrize("limit", [0.2, 0.7, 100.0])
+def test_clamped_share_counts_every_copy_of_a_token_once(tokens: int, limit: float) -> None:
+    """Exactly: rows that fill up a tile repeat token 0, which is made large here, and would be seen."""
+    x, ids, weights, w1, w3, w2 = (t if t.dtype == torch.long else t.float() for t in draw(tokens))
+    x[0] *= 100
+    hits = 0
+    for token in range(tokens):
+        for expert in ids[token].tolist():
+            gate, up = w1[expert] @ x[token], w3[expert] @ x[token]
+            hits += int((gate > limit).sum() + (up.abs() > limit).sum())
+    _, share = routed_experts(x, ids, weights, w1, w3, w2, limit)
+    assert share.dtype == torch.float32
+    assert round(float(share) * 2 * ids.numel() * w1.shape[1], 3) == hits
+    assert hits > 0
+
+
+def test_no_clamp_no_hits() -> None:
+    x, ids, weights, w1, w3, w2 = draw(20)
+    assert routed_experts(x * 1e6, ids, weights, w1, w3, w2, 0.0)[1] == 0
+    assert clamp_hits(x, x, 0.0) == 0
+
+
+def test_bfloat16() -> None:
+    """Tokens are bfloat16, parameters float32, as in training. Every rounding is by up to 2^-9, and a result sees fewer
+    than eight: gate or up, hidden, product, their gradients and the result; they rarely add up. Nothing is clamped: a
+    rounding across the kink would switch a slope on or off."""
+    arguments = [t if t.dtype == torch.long else t.bfloat16().double() for t in draw(90)]
+    ours, exact = run(arguments, 100.0, torch.bfloat16, torch.float32), run(arguments, 100.0, torch.float32)
+    assert ours["output"].dtype == torch.float32
+    for name in ("output", *NAMES):
+        assert ours[name].dtype == (torch.bfloat16 if name == "x" else torch.float32), name
+        assert relative_rms(ours[name], exact[name]) < 8 * 2**-9, name
+
+
+def test_strides_do_not_matter() -> None:
+    x, ids, weights, w1, w3, w2 = draw(40)
+    whole = run([x, ids, weights, w1, w3, w2], 1.0, torch.float32)
+    strided = [x.T.contiguous().T, ids.T.contiguous().T, weights.T.contiguous().T]
+    other = run([*strided, *(w.mT.contiguous().mT for w in (w1, w3, w2))], 1.0, torch.float32)
+    for name, value in whole.items():
+        assert relative_rms(other[name], value) < TOLERANCE[torch.float32], name
+
+
+def test_clamped_swiglu_and_its_hits() -> None:
+    gate, up = torch.tensor([-5.0, 0.5, 2.0, 3.0]), torch.tensor([-5.0, 0.5, -2.0, 1.0])
+    expected = torch.tensor([-5 / (1 + torch.tensor(5.0).exp()) * -1.5, 0.25 * torch.sigmoid(torch.tensor(0.5)), 0, 0])
+    silu = 1.5 * torch.sigmoid(torch.tensor(1.5))
+    expected[2:] = torch.stack((silu * -1.5, silu * 1.0))
+    torch.testing.assert_close(clamped_swiglu(gate, up, 1.5), expected)
+    assert clamp_hits(gate, up, 1.5) == 0.5
+    torch.testing.assert_close(clamped_swiglu(gate, up, 0.0), F.silu(gate) * up)
+
+
+def test_router_scores() -> None:
+    """Also where softplus underflows: values and gradients stay finite, and the seam at -20 does not show."""
+    logits = torch.tensor([-200.0, -60.0, -20.001, -19.999, -1.0, 0.0, 3.0, 50.0], dtype=torch.float64).requires_grad_()
+    scores = router_scores(logits.unsqueeze(1), torch.ones(1, 1, dtype=torch.float64)).squeeze(1)
+    wide = torch.where(logits < -30, (logits / 2).exp(), (logits.exp().log1p()).sqrt())
+    torch.testing.assert_close(scores, wide, rtol=2e-9, atol=0)
+    (gradient,) = torch.autograd.grad(scores.sum(), logits)
+    torch.testing.assert_close(gradient, (logits.sigmoid() / (2 * wide)).detach(), rtol=2e-9, atol=0)
+    single = router_scores(logits.detach().float().unsqueeze(1), torch.ones(1, 1))
+    assert relative_rms(single.squeeze(1), scores) < 1e-6
+
+
+def test_top_experts_and_their_weights() -> None:
+    scores = torch.tensor([[0.5, 0.5, 0.1, 0.5], [0.0, 0.0, 0.0, 0.0], [1.0, 2.0, 4.0, 3.0]])
+    ids = top_experts(scores, 2)
+    assert ids.tolist() == [[0, 1], [0, 1], [2, 3]]  # ties go to the lowest
+    weights = expert_weights(scores, ids, 2.5)
+    torch.testing.assert_close(weights[0], torch.tensor([1.25, 1.25]))
+    torch.testing.assert_close(weights[2], torch.tensor([4 / 7, 3 / 7]) * 2.5)
+    assert weights[1].tolist() == [0, 0]
