@@ -165,7 +165,8 @@ def ensure_prepared(
     before = PreparedData(output, verify=False).manifest.config
     for key, now in (("vocab_size", vocab_size), ("join_bytes", join_bytes)):
         if before.get(key, 0) != now:
-            raise DataError(f"{output} was prepared with {key}={before.get(key, 0)}, not {now}: remove it or name another")
+            was = before.get(key, 0)
+            raise DataError(f"{output} was prepared with {key}={was}, not {now}: remove it or name another")
     return output
 
 

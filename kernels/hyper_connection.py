@@ -143,7 +143,8 @@ class _Read(torch.autograd.Function):
         factor = (square / flat.shape[1] + norm_eps).rsqrt_()
         raw = flat @ fn.to(flat.dtype).T  # [M, R]
         # Their graph is kept: it is small beside the streams, and to build it again would take longer than to use it.
-        with torch.enable_grad():
+        # Hooks of the surroundings must not see it: a checkpoint's would replay the whole block to walk it.
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
             ctx.leaves = [t.detach().requires_grad_() for t in (raw * factor, base, scale)]
             ctx.outputs = coefficients(ctx.leaves[0].view(*streams.shape[:2], -1), *ctx.leaves[1:])
         pre, *others = ctx.outputs
@@ -169,6 +170,10 @@ class _Read(torch.autograd.Function):
         gradient.view_as(wide).addcmul_(ctx.outputs[0].detach().unsqueeze(-1), upper)
         to_fn = (to_raw.T @ flat).to(fn.dtype)
         return gradient.view_as(streams).to(streams.dtype), to_fn, to_base, to_scale, None, None
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
 
 
 class _Write(torch.autograd.Function):

@@ -165,7 +165,8 @@ class Attention(nn.Module):
         if task.indexer_loss and self.indexer is not None and index is not None and entries is not None and blocks:
             attended, recall = Attended(q.detach(), entries.detach(), lse), None
             if task.statistics:
-                recall = selection_recall(*index, attended, blocks, documents.valid, self.indexer.top_k, selected)
+                known = (*index, attended, blocks, documents.valid, self.indexer.top_k, selected)
+                recall = route.recall("recall", selection_recall, *known)
             with torch.enable_grad():
                 loss = indexer_loss(*index, attended, blocks, documents.valid, selected)
             report = IndexerReport(loss, recall)

@@ -98,14 +98,15 @@ class MoE(nn.Module):
         share = self.gate.top_k / (self.gate.top_k + 1)
         clamped = routed_clamped * share + shared_clamped * (1 - share)
         if self.gate.tid2eid is None:
-            balance = balance_loss(scores.view(*tokens.shape, -1), first, valid, self.gate.top_k)
+            best = route.recall("balance", top_experts, scores.detach(), self.gate.top_k)
+            balance = balance_loss(scores.view(*tokens.shape, -1), best.view(*tokens.shape, -1), first, valid)
         else:
             balance = scores.new_zeros(())
         output = (routed + shared).to(x.dtype).view_as(x)
         return output, Routing(load, balance, clamped)
 
 
-def balance_loss(scores: Tensor, first: Tensor, valid: Tensor, top_k: int) -> Tensor:
+def balance_loss(scores: Tensor, best: Tensor, first: Tensor, valid: Tensor) -> Tensor:
     """Sequence-wise balance loss of each document times its tokens, summed over the documents, 0-dim.
 
     For a document of n tokens, sum_e f_e P_e with f_e = E / (K n) * #(tokens whose K best scores include e) and
@@ -113,7 +114,8 @@ def balance_loss(scores: Tensor, first: Tensor, valid: Tensor, top_k: int) -> Te
     tokens makes rows of one document the mean over sequences; under packing nothing is published.
 
     Args:
-        scores: ``[B, T, E]``; first: ``[B, T]`` first token of each token's document; valid: ``[B, T]``.
+        scores: ``[B, T, E]``; best: ``[B, T, K]`` int64, the K best experts by score.
+        first: ``[B, T]`` first token of each token's document; valid: ``[B, T]``.
     """
     experts = scores.shape[-1]
     row = torch.arange(first.shape[0], device=scores.device).unsqueeze(1)
@@ -122,9 +124,9 @@ def balance_loss(scores: Tensor, first: Tensor, valid: Tensor, top_k: int) -> Te
     if not len(size):  # segment_reduce refuses an empty batch
         return scores.sum() * 0.0
     scores = scores[valid]  # [tokens, E], the documents one after another
-    chosen = torch.zeros_like(scores).scatter(1, top_experts(scores.detach(), top_k), 1.0)
+    chosen = torch.zeros_like(scores).scatter(1, best[valid], 1.0)
     times = torch.segment_reduce(chosen, "sum", lengths=size)  # [documents, E]
     mass = torch.segment_reduce(scores / scores.sum(-1, keepdim=True), "sum", lengths=size)
     # n * (E / (K n)) * times * (mass / n)
-    total: Tensor = ((times * mass).sum(-1) / size).sum() * (experts / top_k)
+    total: Tensor = ((times * mass).sum(-1) / size).sum() * (experts / best.shape[-1])
     return total

@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
-from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 Recompute = Literal["none", "selective", "full"]
@@ -28,13 +27,14 @@ class Route:
     """The discrete choices of one block in one forward pass: made once, remembered when it is replayed."""
 
     def __init__(self) -> None:
-        self._choices: dict[str, Tensor] = {}
+        self._choices: dict[str, Any] = {}
 
-    def recall(self, name: str, choose: Callable[..., Tensor], *arguments: Any) -> Tensor:
-        """``choose(*arguments)`` the first time, and the same tensor ever after."""
+    def recall(self, name: str, choose: Callable[..., T], *arguments: Any) -> T:
+        """``choose(*arguments)`` the first time, and the same result ever after."""
         if name not in self._choices:
             self._choices[name] = choose(*arguments)
-        return self._choices[name]
+        choice: T = self._choices[name]
+        return choice
 
 
 def recomputed(mode: Recompute, function: Callable[..., T], *arguments: Any) -> T:

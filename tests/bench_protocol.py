@@ -88,13 +88,19 @@ def duration(timing: Timing) -> str:
 
 
 def alternate(
-    arms: Mapping[str, Callable[[], object]], rounds: int = ROUNDS, warm_up: bool = True
+    arms: Mapping[str, Callable[[], object]], rounds: int = ROUNDS, warm_up: bool = True, rehearse: bool = False
 ) -> dict[str, Timing]:
-    """Times arms that take turns, A B A B; one round goes untimed first, unless the caller has just run one."""
+    """Times arms that take turns, A B A B; one round goes untimed first, unless the caller has just run one.
+
+    ``rehearse`` runs an arm once untimed before each timed run, for arms of milliseconds: compiled code brings a second
+    OpenMP library, whose threads spin for a while after their turn on the core that the next arm needs.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for turn in range(-int(warm_up), rounds):
         for name, arm in arms.items():
             gc.collect()
+            if rehearse:
+                arm()
             start = time.perf_counter()
             arm()
             if turn >= 0:

@@ -123,7 +123,7 @@ def test_mhc_block(publish: Publish) -> None:
 
     runs = hyper_connection_passes(BLOCK_TOKENS, 256)
     checks = {name: compare(runs[OURS], runs[name]) for name in (PEER, COMPILED)}
-    times = alternate(runs)
+    times = alternate(runs, rehearse=True)
     floor = 8 * BLOCK_TOKENS * 4 * 256 * 4 / bench_protocol.copy_rate()  # 8 passes over the streams, seconds
     share = floor / times[OURS].median_s
     rows = [
@@ -146,7 +146,7 @@ def test_moe_block(publish: Publish) -> None:
         both = expert_passes(ids, experts, hidden, inner)
         checks[routing] = compare(both[OURS], both[PEER])
         runs |= {(name, routing): run for name, run in both.items()}
-    times = alternate({f"{name}, {routing}": run for (name, routing), run in runs.items()})
+    times = alternate({f"{name}, {routing}": run for (name, routing), run in runs.items()}, rehearse=True)
     rows = []
     for routing in ("uniform", "Zipf"):
         ours, peer = (times[f"{name}, {routing}"] for name in (OURS, PEER))
@@ -189,7 +189,7 @@ def test_muon_step(publish: Publish) -> None:
 
     errors = {name: muon_error(name, 1e4) for name in MUONS}
     assert errors[OURS] <= 1e-2, errors
-    times = alternate({name: make(muon_parameters(), 0.01, 0.1).step for name, make in MUONS.items()})
+    times = alternate({name: make(muon_parameters(), 0.01, 0.1).step for name, make in MUONS.items()}, rehearse=True)
     gain = errors[TORCH] / errors[OURS]
     rows = [
         faster("muon_step, torch.optim.Muon(ns_steps=10)", times[OURS], times[TORCH], 4),

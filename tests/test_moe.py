@@ -18,8 +18,8 @@ from openv4.kernels.moe import (
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# A product sums over a width, a weight's gradient over an expert's tokens: some hundred terms, each sum off by about the
-# square root of that many roundings, of 6e-8 or 1e-16, and three of them in a row.
+# A product sums over a width, a weight's gradient over an expert's tokens: some hundred terms, each sum off by about
+# the square root of that many roundings, of 6e-8 or 1e-16, and three of them in a row.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 NAMES = ["x", "weights", "w1", "w3", "w2"]
 WIDTHS = {"aligned": (16, 24), "odd": (7, 13), "mixed": (8, 5)}  # of tokens and of experts; odd ones take the loop

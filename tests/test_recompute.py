@@ -69,22 +69,24 @@ def assert_bit_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None
 # Bits.
 
 
+@pytest.mark.parametrize("mode", RECOMPUTING)
 @pytest.mark.parametrize("indexer", [False, True])
 @pytest.mark.parametrize("attention", ["dense", "sparse"])
 @pytest.mark.parametrize("seed", range(4))
-def test_losses_and_gradients_are_those_without(seed: int, attention: AttentionMode, indexer: bool) -> None:
+def test_losses_and_gradients_are_those_without(
+    seed: int, attention: AttentionMode, indexer: bool, mode: Recompute
+) -> None:
     """Bit for bit in float32: packed documents with padding, MTP, balance loss, statistics."""
     model, batch = packed_case(seed)
     plain, expected = run(model, batch, "none", attention, indexer)
     assert len(expected) >= len(list(model.parameters())) - 6 * (not indexer) * len(model.layers)
-    for mode in RECOMPUTING:
-        losses, gradients = run(model, batch, mode, attention, indexer)
-        assert_bit_equal(gradients, expected)
-        for name in ("main", "mtp", "balance"):
-            assert torch.equal(getattr(losses, name), getattr(plain, name)), name
-        assert all(torch.equal(ours, theirs) for ours, theirs in zip(losses.indexer, plain.indexer, strict=True))
-        assert_bit_equal(losses.load, plain.load)
-        assert_bit_equal(losses.statistics, plain.statistics)
+    losses, gradients = run(model, batch, mode, attention, indexer)
+    assert_bit_equal(gradients, expected)
+    for name in ("main", "mtp", "balance"):
+        assert torch.equal(getattr(losses, name), getattr(plain, name)), name
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(losses.indexer, plain.indexer, strict=True))
+    assert_bit_equal(losses.load, plain.load)
+    assert_bit_equal(losses.statistics, plain.statistics)
 
 
 @pytest.mark.parametrize("mode", RECOMPUTING)
@@ -359,18 +361,22 @@ def test_a_bad_setting_is_refused_in_a_line(override: str, message: str) -> None
     assert str(error.value) == message
 
 
-def test_a_run_is_the_same_for_any_setting(small_data: Path, tmp_path: Path) -> None:
-    """Metrics but for the speeds, weights, optimizer and summary of five dense and three sparse steps; and the setting
-    may change when a run resumes."""
+@pytest.fixture(scope="module")
+def plain_run(small_data: Path, tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path:
+    """The folder of a run that recomputes nothing: five dense steps, three sparse ones."""
+    return train(tiny_config(small_data, tmp_path_factory.mktemp("none") / "run", "recompute=none"))
+
+
+@pytest.mark.parametrize("mode", RECOMPUTING)
+def test_a_run_is_the_same_for_any_setting(mode: Recompute, plain_run: Path, small_data: Path, tmp_path: Path) -> None:
+    """Metrics but for the speeds, weights, optimizer, loader and summary; and the setting may change at a resume."""
+    other = tmp_path / "run"
+    train(tiny_config(small_data, other, "recompute=none", "steps=2"))
+    train(tiny_config(small_data, other, f"recompute={mode}"))
+    assert rows(other) == rows(plain_run)
+    assert len(rows(other)) == 8 and "indexer/kl" in rows(other)[-1]
     name = "checkpoints/step_8"
     kept = ("model.safetensors", "optimizer.safetensors", "state.json")
-    plain = train(tiny_config(small_data, tmp_path / "none", "recompute=none"))
-    for mode in RECOMPUTING:
-        other = tmp_path / mode
-        if mode == "selective":
-            train(tiny_config(small_data, other, "recompute=full", "steps=4"))
-        train(tiny_config(small_data, other, f"recompute={mode}"))
-        assert rows(other) == rows(plain)
-        assert [f for f in kept if (other / name / f).read_bytes() != (plain / name / f).read_bytes()] == []
-        assert json.loads((other / "summary.json").read_text()) == json.loads((plain / "summary.json").read_text())
-    assert len(rows(plain)) == 8 and "indexer/kl" in rows(plain)[-1]
+    assert [f for f in kept if (other / name / f).read_bytes() != (plain_run / name / f).read_bytes()] == []
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (other, plain_run)]
+    assert summaries[0] == summaries[1]
