@@ -181,13 +181,16 @@ class _HybridAttention(torch.autograd.Function):
         # Sums over many groups are kept in float32.
         reach = min(window, length) - 1
         kv_gradient = torch.zeros(batch, reach + length + 2 * max(window, 16), dim, dtype=lse.dtype, device=q.device)
-        entry_gradient = None if entries is None else torch.zeros_like(entries, dtype=lse.dtype)
+        entry_gradient = None if entries is None else torch.zeros(entries.shape, dtype=lse.dtype, device=q.device)
         sink_gradient = torch.zeros_like(sink, dtype=lse.dtype)
         for group in _groups(q, kv, first, window, ctx.blocks, selected):
             scaled, upper = _cut(q, group).mul(scale), _cut(out_gradient, group)
             delta = (at_least_fp32(upper) * _cut(out, group)).sum(-1, keepdim=True)  # [B, t, H, 1]
             log_total = _cut(lse, group).unsqueeze(-1)
-            sink_gradient -= ((sink.to(lse.dtype).view(1, 1, -1, 1) - log_total).exp_() * delta).sum((0, 1, 3))
+            stop = min(group.start + group.tokens, length)
+            kept = slice(0, stop - group.start)
+            share = (sink.to(lse.dtype).view(1, 1, -1, 1) - log_total[:, kept]).exp_()
+            sink_gradient -= (share * delta[:, kept]).sum((0, 1, 3))
             pair, swapped = torch.cat((scaled, upper), 2), torch.cat((upper, scaled), 2)  # [B, t, 2 H, C]
             part, gradient = _pull_back(pair, swapped, group.near, group.near_hidden, log_total, delta)
             _overlap_add(kv_gradient, gradient.view(batch, -1, *gradient.shape[1:]), group, reach)
@@ -196,8 +199,7 @@ class _HybridAttention(torch.autograd.Function):
                 far_part, gradient = _pull_back(pair, swapped, keys, hidden, log_total, delta)
                 part += far_part
                 group.far.add_gradient(entry_gradient, at_least_fp32(gradient))
-            stop = min(group.start + group.tokens, length)
-            q_gradient[:, group.start : stop] = part.mul_(scale)[:, : stop - group.start]
+            q_gradient[:, group.start : stop] = part.mul_(scale)[:, kept]
         kv_gradient = kv_gradient[:, reach : reach + length].to(kv.dtype)
         if entry_gradient is not None:
             entry_gradient = entry_gradient.to(entries.dtype)

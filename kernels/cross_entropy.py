@@ -49,9 +49,10 @@ def _chunks(hidden: Tensor, weight: Tensor, targets: Tensor) -> Iterator[tuple[s
     """For each chunk its tokens, their losses ``[m]``, exp(logits - max) ``[m, V]`` and its sums ``[m, 1]``."""
     flat, target, weight = at_least_fp32(hidden).flatten(0, -2), targets.flatten(), at_least_fp32(weight)
     size = max(1, (CPU_ELEMENTS if flat.device.type == "cpu" else GPU_ELEMENTS) // weight.shape[0])
+    buffer = flat.new_empty(min(size, len(flat)), weight.shape[0])  # one for all: two chunks are never alive at once
     for start in range(0, max(len(flat), 1), size):
         tokens = slice(start, start + size)
-        logits = F.linear(flat[tokens], weight)
+        logits = torch.mm(flat[tokens], weight.mT, out=buffer[: len(flat[tokens])])
         label = target[tokens].unsqueeze(-1)
         logits.sub_(logits.amax(-1, keepdim=True))
         losses = -logits.gather(-1, label.clamp(min=0))

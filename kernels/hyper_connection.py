@@ -88,7 +88,7 @@ class _Sinkhorn(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (logits,) = ctx.saved_tensors
         start, *steps = _sinkhorn_steps(logits, *ctx.constants)
-        slope = gradient.flatten(0, -3).permute(1, 2, 0).contiguous()
+        slope = gradient.reshape(-1, *logits.shape[-2:]).permute(1, 2, 0).clone(memory_format=torch.contiguous_format)
         # y = x / (sum(x) + eps) gives dx = (dy - sum(dy y)) / (sum(x) + eps).
         for matrix, total, dim in reversed(steps):
             slope.sub_((slope * matrix).sum(dim, keepdim=True)).div_(total)
@@ -99,7 +99,7 @@ class _Sinkhorn(torch.autograd.Function):
 
 def _sinkhorn_steps(logits: Tensor, iterations: int, eps: float) -> Iterator[tuple[Tensor, Tensor, int]]:
     """After each step the matrices ``[S, S, tokens]``, what they were divided by, and the dimension that was summed."""
-    matrix = logits.flatten(0, -3).permute(1, 2, 0).softmax(1) + eps
+    matrix = logits.reshape(-1, *logits.shape[-2:]).permute(1, 2, 0).softmax(1) + eps
     yield matrix, matrix, 1
     for step in range(2 * iterations - 1):
         dim = step % 2
@@ -142,38 +142,31 @@ class _Read(torch.autograd.Function):
         square = torch.linalg.vector_norm(flat, dim=1, keepdim=True).square_()
         factor = (square / flat.shape[1] + norm_eps).rsqrt_()
         raw = flat @ fn.to(flat.dtype).T  # [M, R]
-        # Their graph is kept: it is small beside the streams, and to build it again would take longer than to use it.
-        # Hooks of the surroundings must not see it: a checkpoint's would replay the whole block to walk it.
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
-            ctx.leaves = [t.detach().requires_grad_() for t in (raw * factor, base, scale)]
-            ctx.outputs = coefficients(ctx.leaves[0].view(*streams.shape[:2], -1), *ctx.leaves[1:])
-        pre, *others = ctx.outputs
+        pre, *others = coefficients((raw * factor).view(*streams.shape[:2], -1), base, scale)
         x = _mix(flat.view(*streams.shape), pre.unsqueeze(-2)).squeeze(2)
-        ctx.save_for_backward(streams, fn, raw, factor)
-        return x.to(streams.dtype), *(coefficient.detach() for coefficient in others)
+        ctx.save_for_backward(streams, fn, base, scale, raw, factor)
+        ctx.coefficients = coefficients
+        return x.to(streams.dtype), *others
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, x_gradient: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
-        streams, fn, raw, factor = ctx.saved_tensors
+        streams, fn, base, scale, raw, factor = ctx.saved_tensors
+        with torch.enable_grad():
+            leaves = [t.detach().requires_grad_() for t in (raw * factor, base, scale)]
+            outputs = ctx.coefficients(leaves[0].view(*streams.shape[:2], -1), *leaves[1:])
         flat = at_least_fp32(streams).flatten(0, 1).flatten(1)
         wide, upper = flat.view(streams.shape), at_least_fp32(x_gradient).unsqueeze(2)  # [B, T, S, D], [B, T, 1, D]
         to_pre = torch.linalg.vecdot(wide, upper)
-        to_logits, to_base, to_scale = torch.autograd.grad(
-            ctx.outputs, ctx.leaves, (to_pre, *others), retain_graph=True
-        )
+        to_logits, to_base, to_scale = torch.autograd.grad(outputs, leaves, (to_pre, *others))
         to_raw = to_logits * factor
         # The norm depends on the streams as well: d factor / d x = -factor^3 x / (S D).
         through_norm = (to_logits * raw).sum(1, keepdim=True) * factor.pow(3) / -flat.shape[1]
         gradient = to_raw @ fn.to(flat.dtype)
         gradient.addcmul_(flat, through_norm)
-        gradient.view_as(wide).addcmul_(ctx.outputs[0].detach().unsqueeze(-1), upper)
+        gradient.view_as(wide).addcmul_(outputs[0].detach().unsqueeze(-1), upper)
         to_fn = (to_raw.T @ flat).to(fn.dtype)
         return gradient.view_as(streams).to(streams.dtype), to_fn, to_base, to_scale, None, None
-
-
-def _as_it_is(x: Tensor) -> Tensor:
-    return x
 
 
 class _Write(torch.autograd.Function):

@@ -4,6 +4,7 @@ Shapes: B batch, T tokens, I index heads, J index dim, N compressed entries, k s
 t tokens of a portion, n entries that it looks at. Source: recipe 2.3 and 2.5; paper eq. 16.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -158,7 +159,9 @@ class _IndexerLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         batch, heads = queries.shape[0], queries.shape[2]
         learns = any(ctx.needs_input_grad)
-        gradients = [torch.zeros_like(x, dtype=lse.dtype) for x in (queries, keys, weights)] if learns else []
+        gradients = (
+            [torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (queries, keys, weights)] if learns else []
+        )
         sums = torch.zeros(2, dtype=lse.dtype, device=lse.device)
         tokens = torch.zeros((), dtype=torch.long, device=lse.device)
         for start, stop in _portions(valid, max(heads, q.shape[2]), blocks, selected):
@@ -269,7 +272,10 @@ def _portions(valid: Tensor, heads: int, blocks: Blocks, selected: Tensor | None
     batch, length = valid.shape
     start = 0
     while start < length:
-        sight = start // blocks.ratio + 64 if selected is None else selected.shape[2]
-        stop = min(length, start + max(16, _budget(valid) // (batch * heads * max(sight, 1))))
-        yield start, stop
-        start = stop
+        room = _budget(valid) // (batch * heads)  # tokens times entries
+        if selected is None:  # tokens * (start + tokens) / ratio entries
+            tokens = (math.isqrt(start * start + 4 * room * blocks.ratio) - start) // 2
+        else:
+            tokens = room // max(selected.shape[2], 1)
+        yield start, min(length, start + max(tokens, 1))
+        start += max(tokens, 1)

@@ -83,8 +83,17 @@ def routed_experts(
     Returns:
         output ``[M, D]``, at least float32 (experts are summed so), and the share of clamped elements (0-dim).
     """
+    # Rows of whole 16 bytes: torch's grouped product asks for them, and with others BLAS sums a row by its place.
+    unit = 16 // x.element_size()
+    wide, inner = -x.shape[1] % unit, -w1.shape[1] % unit
+    if wide or inner:
+        x, w1, w3, w2 = (
+            F.pad(x, (0, wide)),
+            *(F.pad(w, (0, wide, 0, inner)) for w in (w1, w3)),
+            F.pad(w2, (0, inner, 0, wide)),
+        )
     output, hits = _RoutedExperts.apply(x, ids, weights, w1, w3, w2, limit)
-    return output, hits
+    return output[:, : output.shape[1] - wide], hits * (w1.shape[1] / (w1.shape[1] - inner))
 
 
 class _Layout(NamedTuple):
@@ -125,14 +134,14 @@ class _Layout(NamedTuple):
 
     def product(self, rows: Tensor, matrices: Tensor) -> Tensor:
         """Each expert's rows times its matrix: ``[R, x]`` and ``[E, x, y]`` to ``[R, y]``."""
-        if _groupable(rows, matrices):
+        if rows.dtype != torch.float64:  # torch's grouped product has none; this is for exact tests
             return torch._grouped_mm(rows, matrices, offs=self.ends)
         shares = zip(rows.split(self._sizes()), matrices.unbind(), strict=True)
         return torch.cat([share @ matrix for share, matrix in shares])
 
     def outer(self, left: Tensor, right: Tensor) -> Tensor:
         """Sum over each expert's rows of left^T right: ``[R, x]`` and ``[R, y]`` to ``[E, x, y]``."""
-        if _groupable(left, right):
+        if left.dtype != torch.float64:
             return torch._grouped_mm(left.mT, right, offs=self.ends)
         shares = zip(left.split(self._sizes()), right.split(self._sizes()), strict=True)
         return torch.stack([a.mT @ b for a, b in shares])
@@ -141,11 +150,6 @@ class _Layout(NamedTuple):
         sizes: list[int] = self.ends.diff(prepend=self.ends.new_zeros(1)).tolist()
         sizes[-1] += len(self.source) - int(self.ends[-1])  # rows of no expert, which must be split off as well
         return sizes
-
-
-def _groupable(*factors: Tensor) -> bool:
-    """Whether torch's grouped product takes them: not float64, and rows of whole 16 bytes. Odd widths need a loop."""
-    return all(x.dtype != torch.float64 and max(x.stride()[-2:]) * x.element_size() % 16 == 0 for x in factors)
 
 
 class _RoutedExperts(torch.autograd.Function):

@@ -42,7 +42,7 @@ class _RMSNorm(torch.autograd.Function):
         normed = wide * factor
         to_weight = None
         if weight is not None:
-            to_weight = (upper * normed).flatten(0, -2).sum(0).to(weight.dtype)
+            to_weight = (upper * normed).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
             upper = upper * weight
         # y = x f with f = (mean(x^2) + eps)^-1/2: dx = f (dy - y mean(dy y)).
         along = (upper * normed).mean(-1, keepdim=True)

@@ -219,29 +219,19 @@ def test_nothing_is_recomputed_without_a_gradient(mode: Recompute, monkeypatch: 
 def count_choices(
     model: Transformer, batch: Batch, mode: Recompute, indexer: bool, monkeypatch: pytest.MonkeyPatch
 ) -> Counter[str]:
-    """Calls of the two choosing kernels, by who calls, in the forward pass and in all."""
+    """Calls of the two choosing kernels, in the forward pass and in all."""
     calls: Counter[str] = Counter()
-    balancing = False
-    balance_loss = moe_module.balance_loss
 
     def experts(*arguments: Any) -> Any:
-        calls["balance" if balancing else "experts"] += 1
+        calls["experts"] += 1
         return top_experts(*arguments)
 
     def entries(*arguments: Any) -> Any:
         calls["entries"] += 1
         return select_entries(*arguments)
 
-    def balance(*arguments: Any) -> Any:
-        nonlocal balancing
-        balancing = True
-        result = balance_loss(*arguments)
-        balancing = False
-        return result
-
     with monkeypatch.context() as patch:
         patch.setattr(moe_module, "top_experts", experts)
-        patch.setattr(moe_module, "balance_loss", balance)
         patch.setattr(attention_module, "select_entries", entries)
         first: dict[str, int] = {}
         run(model, batch, mode, indexer=indexer, between=lambda: first.update(calls))
@@ -251,22 +241,14 @@ def count_choices(
 @pytest.mark.parametrize("indexer", [False, True])
 @pytest.mark.parametrize("mode", RECOMPUTING)
 def test_a_route_is_chosen_once(mode: Recompute, indexer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Experts of tokens and selected entries: once a layer, in the forward pass."""
+    """Experts of tokens, the best ones for the balance loss, selected entries: once a layer, in the forward pass."""
     model, batch = packed_case(0, num_hash_layers=1)
     kinds = model.config.kinds
     learned = len(kinds) - 1
     for recompute in ("none", mode):
         calls = count_choices(model, batch, recompute, indexer, monkeypatch)
-        assert calls["experts"] == calls["first experts"] == learned
+        assert calls["experts"] == calls["first experts"] == 2 * learned
         assert calls["entries"] == calls["first entries"] == kinds.count("csa") > 0
-
-
-@pytest.mark.parametrize("mode", RECOMPUTING)
-def test_the_balance_loss_chooses_once(mode: Recompute, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its best experts without the bias are a discrete choice, too: a replay must not change it."""
-    model, batch = packed_case(0, num_hash_layers=1)
-    calls = count_choices(model, batch, mode, True, monkeypatch)
-    assert calls["balance"] == calls["first balance"]
 
 
 def overwrite(model: Transformer, part: str) -> Callable[[], None]:
