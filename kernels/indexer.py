@@ -16,7 +16,7 @@ from .entries import View
 from .norm import at_least_fp32
 
 # Elements of the scores [t, I, n] or [t, H, n] of a portion: in the cache on a CPU, large launches on a GPU.
-CPU_ELEMENTS, GPU_ELEMENTS = 2**19, 2**26
+CPU_ELEMENTS, GPU_ELEMENTS = 2**20, 2**26
 
 
 def index_scores(queries: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
@@ -40,19 +40,28 @@ def select_top_k(scores: Tensor, first: Tensor, end: Tensor, k: int) -> Tensor:
     Args:
         scores: ``[B, T, N]``; first, end: ``[B, T]``: entries first <= n < end are visible.
     """
+    return _select(scores.clone(), first, end, min(k, scores.shape[-1]))
+
+
+def _select(scores: Tensor, first: Tensor, end: Tensor, k: int) -> Tensor:
+    """``select_top_k`` for k <= N; overwrites the scores."""
     count = scores.shape[-1]
-    k = min(k, count)
     if not k:
         return scores.new_zeros(*scores.shape[:2], 0, dtype=torch.long)
-    entry = torch.arange(count, device=scores.device)
-    visible = (entry >= first.unsqueeze(-1)) & (entry < end.unsqueeze(-1))
-    scores = scores.masked_fill(~visible, float("-inf"))
-    best, chosen = scores.topk(k, sorted=False)
-    border = best.amin(-1, keepdim=True)
-    crowded = ((scores >= border).sum(-1) > k) & border.squeeze(-1).isfinite()
-    if crowded.any():  # sorting only these rows: a sort of all costs ten times what topk does
-        chosen[crowded] = scores[crowded].sort(dim=-1, descending=True, stable=True).indices[..., :k]
-    chosen = torch.where(visible.gather(-1, chosen), chosen, count).sort(-1).values
+    # What all tokens see needs no mask. Finding out makes the host wait, which costs a CPU nothing.
+    common = (int(first.max()), int(end.min())) if scores.device.type == "cpu" and len(scores) else (count, 0)
+    for low, high in ((0, count),) if common[0] >= common[1] else ((0, common[0]), (common[1], count)):
+        entry = torch.arange(low, high, device=scores.device)
+        unseen = (entry < first.unsqueeze(-1)) | (entry >= end.unsqueeze(-1))
+        scores[..., low:high].masked_fill_(unseen, float("-inf"))
+    best, chosen = scores.topk(min(k + 1, count))
+    chosen = chosen[..., :k]
+    if k < count:
+        crowded = (best[..., k - 1] == best[..., k]) & best[..., k].isfinite()
+        if crowded.any():  # sorting only these rows: a sort of all costs ten times what topk does
+            chosen[crowded] = scores[crowded].sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    seen = (chosen >= first.unsqueeze(-1)) & (chosen < end.unsqueeze(-1))
+    chosen = torch.where(seen, chosen, count).sort(-1).values
     return chosen.masked_fill_(chosen == count, -1)
 
 
@@ -63,16 +72,28 @@ def select_entries(queries: Tensor, keys: Tensor, weights: Tensor, blocks: Block
     Returns:
         ``[B, T, min(k, N)]`` int64, ascending, then -1.
     """
-    batch, length, heads, _ = queries.shape
+    batch, length = queries.shape[:2]
     k = min(k, keys.shape[1])
     selected = torch.full((batch, length, k), -1, dtype=torch.long, device=queries.device)
-    for start, stop in _portions(blocks.end, heads, blocks):
+    for start, stop in _portions(blocks.end, 1, blocks):  # scores of all heads exist for a tile of entries only
         low, high = blocks.span(start, stop)
         part = slice(start, stop)
-        scores = index_scores(queries[:, part], keys[:, low:high], weights[:, part])
-        best = select_top_k(scores, blocks.first[:, part] - low, blocks.end[:, part] - low, k)
+        scores = torch.empty(
+            batch, stop - start, high - low, dtype=at_least_fp32(queries[:0]).dtype, device=keys.device
+        )
+        for tile in _tiles(queries[:, part], high - low):
+            scores[..., tile] = index_scores(queries[:, part], keys[:, low:high][:, tile], weights[:, part])
+        first, end = blocks.first[:, part] - low, blocks.end[:, part] - low
+        best = _select(scores, first, end, min(k, high - low))
         selected[:, part, : best.shape[2]] = torch.where(best < 0, best, best + low)
     return selected
+
+
+def _tiles(queries: Tensor, entries: int) -> Iterator[slice]:
+    """Ranges of entries whose scores ``[B, t, I, n]`` fill the budget: wide, thin products are half as fast."""
+    size = max(1, _budget(queries) // max(queries.shape[:3].numel(), 1))
+    for start in range(0, entries, size):
+        yield slice(start, min(start + size, entries))
 
 
 class Attended(NamedTuple):

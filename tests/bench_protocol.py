@@ -28,6 +28,7 @@ from torch import Tensor
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 THREADS = 2
 ROUNDS = 7
+LONG_ROUNDS, LONG_SECONDS = 3, 20.0  # where a turn of an arm takes this long; the whole must stay under half an hour
 NOISY = 0.15  # of the median: a wider interquartile range voids a timing
 ORDER = ("step_vs_hf", "cost_exponent", "mem_growth", "mhc_block", "moe_block", "ce_mem", "muon_step")
 OURS, PEER = "openv4", "transformers"
@@ -97,6 +98,8 @@ def alternate(
     """
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for turn in range(-int(warm_up), rounds):
+        if turn >= LONG_ROUNDS and any(min(times) > LONG_SECONDS for times in seconds.values()):
+            break
         for name, arm in arms.items():
             gc.collect()
             if rehearse:
