@@ -171,8 +171,10 @@ def aligned(peer: nn.Module) -> Iterator[list[int]]:
         return rope_table(call["position_ids"], rope_frequencies(2 * output[0].shape[-1], theta))
 
     def record(route: Route, name: str, choose: Callable[..., Tensor], *arguments: Any) -> Tensor:
-        choices.append(recall(route, name, choose, *arguments))
-        return choices[-1]
+        choice: Tensor = recall(route, name, choose, *arguments)
+        if name in ("experts", "entries"):  # the balance loss chooses as well; it is not compared
+            choices.append(choice)
+        return choice
 
     recall, hooks = Route.recall, []
     for module in peer.modules():

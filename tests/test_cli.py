@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import yaml
 from cli_cases import VOCAB, documents, prepared, write_texts
 from model_cases import relative_rms
 from run_cases import OVERRIDES, contents
@@ -144,8 +145,9 @@ def test_cfg_job_prints_what_would_run(openv4: Run, tmp_path: Path) -> None:
     (tmp_path / "my data").mkdir()
     result = openv4("train", "--cfg", "job", "model=nano", "steps=7", f"data={tmp_path / 'my data'}", "name=it's")
     assert result.code == 0
-    assert "hidden_size: 64" in result.out and "steps: 7" in result.out
-    assert f"path: {tmp_path / 'my data'}" in result.out and "name: it's" in result.out
+    shown = yaml.safe_load(result.out)
+    assert (shown["model"]["hidden_size"], shown["steps"], shown["name"]) == (64, 7, "it's")
+    assert shown["data"]["path"] == str(tmp_path / "my data")
     assert "checkpoint: x\nprompt: a, b\n" in openv4("generate", "checkpoint=x", "prompt=a, b", "--cfg", "job").out
 
 

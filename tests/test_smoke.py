@@ -1,4 +1,4 @@
-"""`make smoke` learns: the shipped recipe, whole, in its own process."""
+"""The shipped recipes learn: each one whole, in its own process."""
 
 import json
 import resource
@@ -38,3 +38,29 @@ def test_smoke_beats_a_byte_model(tmp_path: Path, king_james: Path) -> None:
         assert printed in result.stdout
     # The largest child of this process so far; the promise is 4 GB, the smoke run needs 1.7.
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20 < 4
+
+
+@pytest.mark.slow
+def test_long_context_trains_its_indexer(tmp_path: Path) -> None:
+    """Rows of 32,768 tokens through dense -> warm-up -> sparse, in less than 4 GB; the indexer beats a uniform one."""
+    run = tmp_path / "long"
+    openv4 = Path(sys.executable).with_name("openv4")
+    # A process of its own reports its own peak: RUSAGE_CHILDREN would be that of the largest child so far.
+    program = (
+        "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, capture_output=True); "
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    )
+    command = [openv4, "train", "run=long_context_smoke", f"output={run}", "logging.wandb=disabled"]
+    result = subprocess.run([sys.executable, "-c", program, *command], capture_output=True, text=True, check=True)
+    assert int(result.stdout) / 2**20 < 4
+    rows = list(read_metrics(run / "metrics.jsonl"))
+    stages = {stage: [row for row in rows if row["train/stage"] == stage] for stage in range(4)}
+    assert all(row["train/sequence_length"] == 32768 for stage in (1, 2, 3) for row in stages[stage])
+    assert all("indexer/kl" not in row for stage in (0, 1) for row in stages[stage])
+    warmup, sparse = stages[2], stages[3]
+    assert warmup[-1]["indexer/kl"] < 0.95 * warmup[-1]["indexer/kl_uniform"]
+    assert warmup[-1]["indexer/kl"] < warmup[0]["indexer/kl"]
+    assert warmup[-1]["indexer/recall"] > warmup[0]["indexer/recall"] + 0.1
+    assert all(row["indexer/kl"] < row["indexer/kl_uniform"] for row in sparse)
+    assert sparse[-1]["indexer/recall"] > warmup[0]["indexer/recall"] + 0.1
+    assert stages[3][-1]["train/loss"] < 0.75 * rows[0]["train/loss"]
