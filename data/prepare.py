@@ -164,8 +164,8 @@ def ensure_prepared(
                 raise
     before = PreparedData(output, verify=False).manifest.config
     for key, now in (("vocab_size", vocab_size), ("join_bytes", join_bytes)):
-        if before.get(key, 0) != now:
-            was = before.get(key, 0)
+        was = before.get(key, 0)
+        if was != now:
             raise DataError(f"{output} was prepared with {key}={was}, not {now}: remove it or name another")
     return output
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .documents import Blocks
-from .entries import View
+from .entries import View, additive_mask, is_selected
 from .norm import at_least_fp32
 
 
@@ -115,7 +115,7 @@ def _groups(
         key = torch.arange(width, device=q.device) + query[:, :1] - reach  # [g, 1, c + reach]
         begin = F.pad(first[:, start : start + tokens], (0, max(0, start + tokens - length)), value=length)
         unseen = (key > query) | (key <= query - window) | (key < begin.view(batch, count, chunk, 1))
-        hidden = torch.zeros(unseen.shape, device=q.device).masked_fill_(unseen, float("-inf"))
+        hidden = additive_mask(unseen)
         view = None if blocks is None else View.of(blocks, selected, start, tokens)
         view = view if view is not None and view.hidden.shape[2] else None
         yield _Group(start, tokens, near.flatten(0, 1), hidden.view(batch, tokens, 1, width), view)
@@ -240,6 +240,4 @@ def _sees(entries: Tensor, blocks: Blocks, selected: Tensor | None) -> Tensor:
     if selected is None:
         entry = torch.arange(count, device=entries.device)
         return (entry >= blocks.first.unsqueeze(-1)) & (entry < blocks.end.unsqueeze(-1))
-    slot = torch.where(selected < 0, count, selected)
-    seen = torch.zeros(*selected.shape[:2], count + 1, dtype=torch.bool, device=entries.device)
-    return seen.scatter(2, slot, True)[..., :-1]
+    return is_selected(selected, count)

@@ -42,12 +42,12 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
 @torch.no_grad()
 def token_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """The terms of ``linear_cross_entropy``, ``[...]``, 0 where the target is ``IGNORED``; no gradient."""
-    return torch.cat([losses for _, losses, _, _ in _chunks(hidden, weight, targets)]).view_as(targets)
+    chunks = _chunks(at_least_fp32(hidden).flatten(0, -2), at_least_fp32(weight), targets.flatten())
+    return torch.cat([losses for _, losses, _, _ in chunks]).view_as(targets)
 
 
-def _chunks(hidden: Tensor, weight: Tensor, targets: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+def _chunks(flat: Tensor, weight: Tensor, target: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
     """For each chunk its tokens, their losses ``[m]``, exp(logits - max) ``[m, V]`` and its sums ``[m, 1]``."""
-    flat, target, weight = at_least_fp32(hidden).flatten(0, -2), targets.flatten(), at_least_fp32(weight)
     size = max(1, (CPU_ELEMENTS if flat.device.type == "cpu" else GPU_ELEMENTS) // weight.shape[0])
     buffer = flat.new_empty(min(size, len(flat)), weight.shape[0])  # one for all: two chunks are never alive at once
     for start in range(0, max(len(flat), 1), size):
@@ -67,7 +67,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         to_hidden = torch.empty_like(flat) if ctx.needs_input_grad[0] else None
         to_weight = torch.zeros_like(wide) if ctx.needs_input_grad[1] else None
         total = flat.new_zeros(())
-        for tokens, losses, exponentials, sums in _chunks(hidden, weight, targets):
+        for tokens, losses, exponentials, sums in _chunks(flat, wide, target):
             total += losses.sum()
             if to_hidden is None and to_weight is None:
                 continue

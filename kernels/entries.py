@@ -14,6 +14,18 @@ from torch import Tensor
 from .documents import Blocks
 
 
+def additive_mask(unseen: Tensor) -> Tensor:
+    """0, and -inf where ``unseen``: added to scores, it costs a third of a masked fill that broadcasts over heads."""
+    return torch.zeros(unseen.shape, device=unseen.device).masked_fill_(unseen, float("-inf"))
+
+
+def is_selected(selected: Tensor, count: int) -> Tensor:
+    """Whether each of ``count`` entries is among a token's ``selected [B, T, k]`` (-1 for none), ``[B, T, N]`` bool."""
+    slot = torch.where(selected < 0, count, selected)
+    inside = torch.zeros(*selected.shape[:2], count + 1, dtype=torch.bool, device=selected.device)
+    return inside.scatter_(2, slot, True)[..., :-1]
+
+
 class View(NamedTuple):
     """The entries that tokens ``start:start + t`` of every row attend to."""
 
@@ -30,8 +42,7 @@ class View(NamedTuple):
         if selected is not None:
             chosen = F.pad(selected[:, start:stop], (0, 0, 0, beyond), value=-1)
             row = torch.arange(len(chosen), device=chosen.device).view(-1, 1, 1) * blocks.start.shape[1]
-            hidden = torch.zeros(chosen.shape, device=chosen.device).masked_fill_(chosen < 0, float("-inf"))
-            return cls(0, 0, (chosen.clamp(min=0) + row).flatten(), hidden)
+            return cls(0, 0, (chosen.clamp(min=0) + row).flatten(), additive_mask(chosen < 0))
         low, high = blocks.span(start, stop)
         first, end = (F.pad(x[:, start:stop], (0, beyond)) for x in (blocks.first, blocks.end))
         return cls.range(first, end, low, high)
@@ -41,7 +52,7 @@ class View(NamedTuple):
         """All that is visible: entries first <= n < end of ``low:high``, for tokens ``[B, t]``."""
         entry = torch.arange(low, high, device=first.device)
         unseen = (entry < first.unsqueeze(-1)) | (entry >= end.unsqueeze(-1))
-        return cls(low, high, None, torch.zeros(unseen.shape, device=first.device).masked_fill_(unseen, float("-inf")))
+        return cls(low, high, None, additive_mask(unseen))
 
     def keys(self, entries: Tensor) -> Tensor:
         """The entries ``[B, N, C]`` as keys: ``[B, n, C]``, shared by a row's tokens, or ``[B t, k, C]``, each its own.

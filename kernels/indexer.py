@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .documents import Blocks
-from .entries import View
+from .entries import View, is_selected
 from .norm import at_least_fp32
 
 # Elements of the scores [t, I, n] or [t, H, n] of a portion: in the cache on a CPU, large launches on a GPU.
@@ -258,11 +258,8 @@ def selection_recall(
         best = select_top_k(index_scores(queries[:, token], keys, weights[:, token]), first, end, k)
         logits, lse = _logits(attention.q[:, token], attention.entries, view), attention.lse[:, token]
         if selected is not None:
-            slot = torch.where(selected[:, token] < 0, count, selected[:, token])
-            inside = torch.zeros(*slot.shape[:2], count + 1, dtype=torch.bool, device=slot.device).scatter_(
-                2, slot, True
-            )
-            lse = torch.logaddexp(lse, logits.masked_fill(inside[..., None, :-1], float("-inf")).logsumexp(-1))
+            inside = is_selected(selected[:, token], count).unsqueeze(2)
+            lse = torch.logaddexp(lse, logits.masked_fill(inside, float("-inf")).logsumexp(-1))
         mass = _mass(logits, lse)
         caught = mass.gather(-1, best.clamp(min=0)).masked_fill(best < 0, 0.0).sum(-1)
         most = mass.topk(min(k, count), sorted=False).values.sum(-1)
@@ -291,9 +288,9 @@ def _budget(like: Tensor) -> int:
 def _portions(valid: Tensor, heads: int, blocks: Blocks, selected: Tensor | None = None) -> Iterator[tuple[int, int]]:
     """Token ranges of growing distance from the row's start, so of growing sight, whose scores fill the budget."""
     batch, length = valid.shape
+    room = _budget(valid) // (batch * heads)  # tokens times entries
     start = 0
     while start < length:
-        room = _budget(valid) // (batch * heads)  # tokens times entries
         if selected is None:  # tokens * (start + tokens) / ratio entries
             tokens = (math.isqrt(start * start + 4 * room * blocks.ratio) - start) // 2
         else:

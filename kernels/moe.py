@@ -50,9 +50,8 @@ def clamped_swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
 
 def clamp_hits(gate: Tensor, up: Tensor, limit: float) -> Tensor:
     """Share of elements that ``clamped_swiglu`` clamps, 0-dim float32."""
-    if limit <= 0:
-        return gate.new_zeros((), dtype=torch.float32)
-    return ((gate > limit).float().mean() + (up.abs() > limit).float().mean()) / 2
+    rows = (t.reshape(-1, gate.shape[-1]) for t in (gate, up))
+    return _clamped_rows(*rows, limit).sum() / (2 * gate.numel())
 
 
 def routed_experts_reference(

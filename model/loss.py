@@ -87,13 +87,12 @@ def training_losses(
     routing = {name: report.routing for name, report in output.reports.items()}
     indexers = [report.indexer for report in output.reports.values() if report.indexer is not None]
     zero = main.new_zeros(())
+    columns = zip((zero, zero, zero.long()), *(report.loss for report in indexers), strict=True)
     return Losses(
         main,
         mtp_sum,
         torch.stack([r.balance for r in routing.values()]).sum(),
-        IndexerLoss(*(sum(column, zero) for column in zip(*(r.loss for r in indexers), strict=True)))
-        if indexers
-        else IndexerLoss(zero, zero, zero.long()),
+        IndexerLoss(*(torch.stack(column).sum() for column in columns)),
         {name: r.load for name, r in routing.items()},
         summarize(output.reports, segments >= 0) | recall_statistics(indexers) if statistics else {},
     )
