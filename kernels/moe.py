@@ -50,8 +50,8 @@ def clamped_swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
 
 def clamp_hits(gate: Tensor, up: Tensor, limit: float) -> Tensor:
     """Share of elements that ``clamped_swiglu`` clamps, 0-dim float32."""
-    rows = (t.reshape(-1, gate.shape[-1]) for t in (gate, up))
-    return _clamped_rows(*rows, limit).sum() / (2 * gate.numel())
+    width = gate.shape[-1]
+    return _clamped_rows(gate.reshape(-1, width), up.reshape(-1, width), limit).sum() / (2 * gate.numel())
 
 
 def routed_experts_reference(

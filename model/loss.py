@@ -108,12 +108,12 @@ def token_losses(
 
 
 def recall_statistics(indexers: Iterable[IndexerReport]) -> dict[str, Tensor]:
-    """Mean over sampled tokens and CSA layers of ``kernels.indexer.selection_recall``."""
+    """Mean over sampled tokens and CSA layers of ``kernels.indexer.selection_recall``, and how many had a choice."""
     recalls = [report.recall for report in indexers if report.recall is not None]
     if not recalls:
         return {}
     caught, tokens = torch.stack([torch.stack(recall) for recall in recalls]).sum(0).unbind()
-    return {"indexer/recall": caught / tokens.clamp(min=1)}
+    return {"indexer/recall": caught / tokens.clamp(min=1), "indexer/recall_tokens": tokens}
 
 
 @torch.no_grad()

@@ -161,6 +161,15 @@ def config(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainC
     return replace(config, stages=stages, micro_batch_tokens=64, checkpoint=checkpoint)
 
 
+def test_no_recall_is_reported_where_the_indexer_takes_all(config: TrainConfig, tmp_path: Path) -> None:
+    """With a top-k beyond the entries of a row there is nothing to measure; the loss is there all the same."""
+    model, steps = replace(config.model, index_topk=1000), LAST_STEPS[SPARSE]
+    run = train(replace(config, model=model, steps=steps, output=str(tmp_path / "run")))
+    row = rows(run)[-1]
+    assert row["train/stage"] == SPARSE
+    assert {key for key in row if key.startswith("indexer/")} == {"indexer/kl", "indexer/kl_uniform"}
+
+
 @pytest.fixture(scope="module")
 def straight(config: TrainConfig, one_thread: None) -> Path:
     """The folder of that run, never interrupted; not to be written to."""

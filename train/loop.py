@@ -367,6 +367,8 @@ class Meter:
         if compared:
             row |= {"indexer/kl": kl / compared, "indexer/kl_uniform": uniform / compared}
         row |= {name: float(value) for name, value in report.statistics.items()}
+        if row.pop("indexer/recall_tokens", 1) == 0:
+            del row["indexer/recall"]  # rows so short that the indexer takes all there is
         row |= load_metrics(report.load)
         row |= {f"optim/update_rms/{g.replace(' ', '_')}": float(v) for g, v in optimizers.update_rms().items()}
         now = time.perf_counter()
