@@ -17,7 +17,7 @@ from ..kernels.indexer import Attended, IndexerLoss, indexer_loss, select_entrie
 from ..kernels.norm import at_least_fp32, rms_norm
 from ..kernels.rope import apply_rope, rope_frequencies, rope_table
 from .config import ModelConfig
-from .layers import Linear, RMSNorm
+from .layers import GroupedLinear, Linear, RMSNorm
 from .recompute import Route
 
 RopeTable = tuple[Tensor, Tensor]
@@ -137,7 +137,7 @@ class Attention(nn.Module):
         self.wq_b = Linear(config.q_lora_rank, self.heads * self.dim)
         self.wkv = Linear(config.hidden_size, self.dim)
         self.kv_norm = RMSNorm(self.dim, self.eps)
-        self.wo_a = Linear(self.heads * self.dim // self.groups, self.groups * config.o_lora_rank)
+        self.wo_a = GroupedLinear(self.heads * self.dim // self.groups, self.groups * config.o_lora_rank, self.groups)
         self.wo_b = Linear(self.groups * config.o_lora_rank, config.hidden_size)
         self.compressor = Compressor(config, self.dim, self.ratio, kind == "csa") if self.ratio else None
         self.indexer = Indexer(config, self.ratio) if kind == "csa" else None
@@ -171,7 +171,5 @@ class Attention(nn.Module):
                 loss = indexer_loss(*index, attended, blocks, documents.valid, selected)
             report = IndexerReport(loss, recall)
         out = apply_rope(out, rope, inverse=True)
-        grouped = out.flatten(2).unflatten(2, (self.groups, -1))  # [B, T, G, H C / G]
-        low_rank = self.wo_a.weight.to(x.dtype).unflatten(0, (self.groups, -1))  # [G, o_lora_rank, H C / G]
-        out = torch.einsum("btgi,gri->btgr", grouped, low_rank)
+        out = self.wo_a(out.flatten(2).unflatten(2, (self.groups, -1)))  # [B, T, G, o_lora_rank]
         return self.wo_b(out.flatten(2)), (self.attn_sink.detach() - lse).exp(), report
