@@ -29,7 +29,7 @@ class Linear(nn.Linear):
 
 
 class GroupedLinear(Linear):
-    """A product per group, ``[B, T, G, in]`` to ``[B, T, G, out / G]``; weight ``[out, in]``, the groups' rows stacked."""
+    """One product per group, ``[B, T, G, in]`` to ``[B, T, G, out / G]``; weight ``[out, in]``, rows group by group."""
 
     def __init__(self, in_features: int, out_features: int, groups: int) -> None:
         super().__init__(in_features, out_features)
