@@ -49,6 +49,7 @@ class Batch(NamedTuple):
     tokens: Tensor  # [B, T] int64
     segments: Tensor  # [B, T] int32: 0, 1, 2 ... per row, -1 is padding
     pieces: tuple[Row, ...]  # per row what it holds, for tracing
+    trained: Tensor | None = None  # [B, T] bool: the tokens that the loss counts when they are predicted; None: all
 
 
 class Loader:
@@ -185,13 +186,20 @@ def validation_batches(store: TokenStore, rows: int, row_length: int, pad_id: in
 def _assemble(rows: Sequence[Row], stores: Sequence[TokenStore], row_length: int, pad_id: int) -> Batch:
     tokens = np.full((len(rows), row_length), pad_id, dtype=np.int64)
     segments = np.full((len(rows), row_length), -1, dtype=np.int32)
+    trained: npt.NDArray[np.bool_] | None = None
     for index, row in enumerate(rows):
         at = 0
         for segment, (source, _, document, start, length) in enumerate(row):
             tokens[index, at : at + length] = stores[source].read(document, start, length)
             segments[index, at : at + length] = segment
+            mask = stores[source].read_trained(document, start, length)
+            if mask is not None:
+                if trained is None:
+                    trained = np.ones(tokens.shape, dtype=np.bool_)
+                trained[index, at : at + length] = mask
             at += length
-    return Batch(torch.from_numpy(tokens), torch.from_numpy(segments), tuple(rows))
+    counted = None if trained is None else torch.from_numpy(trained & (segments >= 0))
+    return Batch(torch.from_numpy(tokens), torch.from_numpy(segments), tuple(rows), counted)
 
 
 def _tuples(source: int, epoch: int, document: _Ints, start: _Ints, length: _Ints) -> list[Piece]:

@@ -1,31 +1,32 @@
-"""Text files to token shards: `openv4 prepare input=<text> output=<folder>`.
+"""Text or chat files to token shards: `openv4 prepare input=<text> output=<folder>`.
 
-Three passes over the input, each streaming: measure (which split each document falls into), train the tokenizer on the
-training documents unless one is given, encode. The same text, in the same order, gives byte-identical shards, whatever
-its file format and the number of workers.
+Text takes three passes over the input, each streaming: measure (which split each document falls into), train the
+tokenizer on the training documents unless one is given, encode. The same text, in the same order, gives byte-identical
+shards, whatever its file format and the number of workers. Chat (`kind=chat`) takes two, measure and encode, and stores
+beside the tokens which of them the loss counts.
 """
 
-import glob
+import contextlib
+import functools
 import hashlib
-import io
-import json
+import itertools
 import multiprocessing
 import os
 import random
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 
+from .chat import Conversation, Effort, encode_batch, find_templates, parse_record, special_token_ids
+from .reading import CHAT_SUFFIXES, input_files, json_object, lines, texts
 from .shards import (
     FORMAT_VERSION,
     SPLITS,
@@ -38,6 +39,8 @@ from .shards import (
     write_file,
 )
 from .tokenizer import (
+    BOS,
+    EOS,
     MIN_VOCAB_SIZE,
     fim_ids,
     load_tokenizer,
@@ -48,12 +51,16 @@ from .tokenizer import (
 )
 
 KING_JAMES = Path(__file__).parent / "corpus" / "king_james.jsonl.gz"
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+CONVERSATIONS = Path(__file__).parent / "corpus" / "conversations.jsonl.gz"
 Progress = Callable[[int, int], None]  # bytes of text encoded so far, and in all
 
-_READ_BYTES = 1 << 22
 _BATCH_CHARACTERS = 1 << 21
 _BATCH_DOCUMENTS = 1024
+_PROGRESS_BYTES = 1 << 20
+
+
+_TEXT_ONLY = ("separator", "join_bytes", "fim_rate", "bos_token", "eos_token", "workers")
+_CHAT_ONLY = ("effort", "chat_templates", "max_tokens", "too_long")
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,12 @@ class PrepareConfig:
         bos_token: name of the begin token, where it is an unusual one.
         eos_token: name of the end token, where it is an unusual one.
         workers: processes that encode; None encodes in this process, in one thread per core.
+        kind: "text", or "chat": each line of `.jsonl` files is a conversation (`data.chat.parse_record`), encoded in
+            DeepSeek-V4's format; needs `tokenizer`.
+        effort: of chat: how all assistants reason; None takes each record's own, or else what its messages show.
+        chat_templates: of chat: the release's `encoding_dsv4.py`, where it is not beside the tokenizer.
+        max_tokens: of chat: the longest conversation allowed.
+        too_long: what happens to longer ones: "error", or "drop", which counts them as skipped.
     """
 
     input: str
@@ -92,6 +105,11 @@ class PrepareConfig:
     bos_token: str | None = None
     eos_token: str | None = None
     workers: int | None = None
+    kind: Literal["text", "chat"] = "text"
+    effort: Effort | None = None
+    chat_templates: str | None = None
+    max_tokens: int | None = None
+    too_long: Literal["error", "drop"] = "error"
 
     def __post_init__(self) -> None:
         def check(key: str, good: bool, rule: str) -> None:
@@ -108,6 +126,13 @@ class PrepareConfig:
         check("fim_rate", 0 <= self.fim_rate <= 1, "must be between 0 and 1")
         check("shard_tokens", self.shard_tokens >= 1, "must be at least 1")
         check("workers", self.workers is None or self.workers >= 1, "must be at least 1, or null for threads")
+        check("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "must be at least 1, or null for any")
+        chat = self.kind == "chat"
+        rule = "kind=chat needs the tokenizer of the model to fine-tune: name its tokenizer.json or folder"
+        check("tokenizer", self.tokenizer is not None or not chat, rule)
+        for key in _TEXT_ONLY if chat else _CHAT_ONLY:
+            default = type(self).__dataclass_fields__[key].default
+            check(key, getattr(self, key) == default, f"means nothing for kind={self.kind}; leave it out")
 
 
 def prepare(config: PrepareConfig, progress: Progress | None = None) -> Manifest:
@@ -120,22 +145,14 @@ def prepare(config: PrepareConfig, progress: Progress | None = None) -> Manifest
     """
     output = Path(config.output)
     _refuse_existing(output)
-    files = _input_files(config.input)
-    tokenizer = None if config.tokenizer is None else load_tokenizer(Path(config.tokenizer))
-    if tokenizer is not None:
-        _special_tokens(tokenizer, config)  # before the long passes
-
-    corpus = _measure(files, config)
-    if tokenizer is None:
-        training = (text for text in _documents(files, config) if _draw(config, text, "split") >= corpus.threshold)
-        tokenizer = train_tokenizer(training, config.vocab_size)
+    source: _Source = _ChatSource(config) if config.kind == "chat" else _TextSource(config)
 
     output.parent.mkdir(parents=True, exist_ok=True)
     building = output.parent / f".{output.name}.{os.getpid()}.partial"
     shutil.rmtree(building, ignore_errors=True)  # left by a killed process of the same number
     building.mkdir()
     try:
-        manifest = _write(building, files, corpus, tokenizer, config, progress)
+        manifest = _write(building, source, config, progress)
         _refuse_existing(output)
         building.rename(output)
     except BaseException:
@@ -155,19 +172,62 @@ def ensure_prepared(
     Raises:
         DataError: `output` is something else, or was prepared with another `vocab_size` or `join_bytes`.
     """
-    if not _is_prepared(output):
+    _prepare_once(PrepareConfig(str(corpus), str(output), vocab_size=vocab_size, join_bytes=join_bytes), progress)
+    _check_settings(output, {"vocab_size": vocab_size, "join_bytes": join_bytes})
+    return output
+
+
+def ensure_prepared_chat(
+    path: Path,
+    output: Path,
+    tokenizer: Path,
+    effort: Effort | None = None,
+    chat_templates: str | None = None,
+    max_tokens: int | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Prepare the conversations of `path` into `output` unless that has been done, and return `output`.
+
+    Safe to call from several processes at once: the first to finish publishes.
+
+    Raises:
+        DataError: the input is unusable, or `output` is something else, or was prepared from other files or settings.
+    """
+    config = PrepareConfig(
+        str(path),
+        str(output),
+        tokenizer=str(tokenizer),
+        kind="chat",
+        effort=effort,
+        chat_templates=chat_templates,
+        max_tokens=max_tokens,
+    )
+    _prepare_once(config, progress)
+    _check_settings(output, {"kind": "chat", "effort": effort, "max_tokens": max_tokens} | _ChatSource(config).sums)
+    return output
+
+
+def _prepare_once(config: PrepareConfig, progress: Progress | None) -> None:
+    if not _is_prepared(Path(config.output)):
         try:
-            config = PrepareConfig(str(corpus), str(output), vocab_size=vocab_size, join_bytes=join_bytes)
             prepare(config, progress)
         except (DataError, OSError):
-            if not _is_prepared(output):
+            if not _is_prepared(Path(config.output)):
                 raise
+
+
+def _check_settings(output: Path, settings: dict[str, Any]) -> None:
     before = PreparedData(output, verify=False).manifest.config
-    for key, now in (("vocab_size", vocab_size), ("join_bytes", join_bytes)):
-        was = before.get(key, 0)
+    for key, now in settings.items():
+        was = before.get(key, 0 if key == "join_bytes" else None)  # older folders know no join_bytes
         if was != now:
-            raise DataError(f"{output} was prepared with {key}={was}, not {now}: remove it or name another")
-    return output
+            raise DataError(
+                f"{output} was prepared with {key}={_short(was)}, not {_short(now)}: remove it or name another"
+            )
+
+
+def _short(value: Any) -> Any:
+    return f"{value[:12]}..." if isinstance(value, str) and len(value) == 64 else value
 
 
 def _is_prepared(folder: Path) -> bool:
@@ -196,26 +256,58 @@ def _draw(config: PrepareConfig, text: str, purpose: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, key=key).digest())
 
 
-def _measure(files: list[Path], config: PrepareConfig) -> _Corpus:
+def _measure(documents: Iterable[str], config: PrepareConfig) -> _Corpus:
+    """Where the border between the splits lies. Empty documents are counted and passed over."""
     lowest, highest = 1 << 64, -1
     text_bytes = skipped = 0
-    for text in _documents(files, config, keep_empty=True):
+    for text in documents:
         if not text.strip():
             skipped += 1
             continue
         text_bytes += len(text.encode())
         draw = _draw(config, text, "split")
         lowest, highest = min(lowest, draw), max(highest, draw)
-    if highest < 0:
-        raise DataError(f"input={config.input} holds no text ({skipped} empty documents in {len(files)} files)")
     threshold = int(config.validation_fraction * 2**64)
-    if threshold == 0 or lowest == highest:
+    if threshold == 0 or lowest >= highest:
         return _Corpus(0, text_bytes, skipped)
     # Two documents differ: each split gets one, however unlucky the draws.
     return _Corpus(min(max(threshold, lowest + 1), highest), text_bytes, skipped)
 
 
-# What a document becomes.
+class _Document(NamedTuple):
+    tokens: npt.NDArray[Any]
+    trained: npt.NDArray[np.bool_] | None
+    held_out: bool
+    text_bytes: int
+    read_bytes: int  # of the input, for the progress
+
+
+class _Source(Protocol):
+    """What `_write` needs to know of an input."""
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    @property
+    def special(self) -> "_SpecialTokens": ...
+
+    @property
+    def corpus(self) -> _Corpus: ...
+
+    @property
+    def skipped(self) -> int:
+        """Final once `documents` is exhausted."""
+        ...
+
+    @property
+    def sums(self) -> dict[str, str]:
+        """Checksums to keep in the manifest."""
+        ...
+
+    def documents(self, dtype: str) -> Iterator[_Document]: ...
+
+
+# Text: what a document becomes.
 
 
 class _SpecialTokens(NamedTuple):
@@ -322,70 +414,12 @@ def _encoded(
             yield batch, future.result()
 
 
-def _write(
-    folder: Path,
-    files: list[Path],
-    corpus: _Corpus,
-    tokenizer: Tokenizer,
-    config: PrepareConfig,
-    progress: Progress | None,
-) -> Manifest:
-    special = _special_tokens(tokenizer, config)
-    vocab_size = vocabulary_size(tokenizer)
-    dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
-    writers = {name: ShardWriter(folder, name, dtype, config.shard_tokens) for name in SPLITS}
-    text_bytes = dict.fromkeys(SPLITS, 0)
-    for batch, encoded in _encoded(_batches(files, corpus, config), tokenizer, special, dtype, config.workers):
-        for tokens, held_out, size in zip(encoded, batch.held_out, batch.text_bytes, strict=True):
-            name = SPLITS[held_out]
-            writers[name].add(tokens)
-            text_bytes[name] += size
-        if progress is not None:
-            progress(sum(text_bytes.values()), corpus.text_bytes)
-
-    given = None if config.tokenizer is None else Path(config.tokenizer)
-    if given is not None and given.is_dir():
-        given = given / "tokenizer.json"
-    content = tokenizer.to_str(pretty=True).encode() if given is None else given.read_bytes()
-    manifest = Manifest(
-        format_version=FORMAT_VERSION,
-        vocab_size=vocab_size,
-        bos=special.bos,
-        eos=special.eos,
-        fim=special.fim if config.fim_rate > 0 else None,
-        dtype=dtype,
-        skipped=corpus.skipped,
-        config={key: value for key, value in asdict(config).items() if key not in ("output", "workers")},
-        tokenizer=write_file(folder, "tokenizer.json", [content]),
-        token_bytes=write_array(folder, "token_bytes.npy", [token_byte_lengths(tokenizer)], np.int32),
-        splits={name: writer.finish(text_bytes[name]) for name, writer in writers.items()},
-    )
-    write_file(folder, "manifest.json", [manifest.to_json().encode()])
-    sync_folder(folder)
-    return manifest
-
-
-# Reading the input.
-
-
-def _input_files(pattern: str) -> list[Path]:
-    path = Path(pattern)
-    if path.is_file():
-        if not path.name.endswith(SUFFIXES):
-            raise DataError(f"input={pattern}: openv4 reads {', '.join(SUFFIXES)}; convert it to one of these")
-        return [path]
-    found = path.rglob("*") if path.is_dir() else map(Path, glob.glob(pattern, recursive=True))  # noqa: PTH207 - Path.glob takes no absolute pattern
-    files = sorted((file for file in found if file.name.endswith(SUFFIXES) and file.is_file()), key=Path.as_posix)
-    if not files:
-        reason = "no file of a known type" if path.is_dir() else "no such file or folder, or nothing matches"
-        raise DataError(f"input={pattern}: {reason}; openv4 reads {', '.join(SUFFIXES)}")
-    return files
-
-
 def _documents(files: list[Path], config: PrepareConfig, keep_empty: bool = False) -> Iterator[str]:
     joined: list[str] = []
     size = 0
-    for text in _pieces(files, config, keep_empty):
+    for text in texts(files, config.text_key, config.separator):
+        if not (keep_empty or text.strip()):
+            continue
         if not config.join_bytes or not text.strip():
             yield text
             continue
@@ -398,86 +432,142 @@ def _documents(files: list[Path], config: PrepareConfig, keep_empty: bool = Fals
         yield "\n\n".join(joined)
 
 
-def _pieces(files: list[Path], config: PrepareConfig, keep_empty: bool) -> Iterator[str]:
-    for file in files:
-        if file.suffix == ".txt":
-            texts = _read_txt(file, config.separator)
-        elif file.suffix == ".parquet":
-            texts = _read_parquet(file, config.text_key)
-        else:
-            texts = _read_jsonl(file, config.text_key)
-        try:
-            for text in texts:
-                if keep_empty or text.strip():
-                    yield text
-        except (OSError, pa.ArrowException) as error:
-            raise DataError(f"{file} cannot be read ({str(error).splitlines()[0]}): restore or remove it") from error
+class _TextSource:
+    """Documents of text files, and the tokenizer given or trained on them."""
 
-
-def _decode(content: bytes, file: Path, offset: int) -> str:
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        where = f"{file}: byte {offset + error.start} (0x{content[error.start]:02x})"
-        raise DataError(f"{where} is not UTF-8: convert the file to UTF-8") from error
-
-
-def _read_txt(file: Path, separator: str | None) -> Iterator[str]:
-    with file.open("rb") as stream:
-        if separator is None:
-            yield _decode(stream.read(), file, 0)
-            return
-        cut = separator.encode()
-        offset, rest = 0, b""
-        while chunk := stream.read(_READ_BYTES):
-            *whole, rest = (rest + chunk).split(cut)
-            for document in whole:
-                yield _decode(document, file, offset)
-                offset += len(document) + len(cut)
-        yield _decode(rest, file, offset)
-
-
-def _read_jsonl(file: Path, key: str) -> Iterator[str]:
-    compression = {".gz": "gzip", ".zst": "zstd"}.get(file.suffix)
-    offset = 0
-    with pa.input_stream(file, compression=compression) as stream:
-        for number, line in enumerate(io.BufferedReader(stream, _READ_BYTES), 1):
-            if not line.isspace():
-                yield _text_of(_decode(line, file, offset), key, f"{file}:{number}")
-            offset += len(line)
-
-
-def _text_of(line: str, key: str, where: str) -> str:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where} is not valid JSON ({error.msg} at column {error.colno}): mend the line") from error
-    if not isinstance(record, dict):
-        raise DataError(f'{where} is not a JSON object but {type(record).__name__}: write {{"{key}": ...}}')
-    if key not in record:
-        raise DataError(
-            f"{where} has no key {key!r}, only {sorted(record)}: set text_key to the one that holds the text"
-        )
-    text = record[key]
-    if not isinstance(text, str):
-        raise DataError(f"{where}: {key!r} is not a string but {type(text).__name__}: set text_key to the text's key")
-    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-        raise DataError(f"{where}: {key!r} holds half a surrogate pair, which is no text: mend the line")
-    return text
-
-
-def _read_parquet(file: Path, key: str) -> Iterator[str]:
-    with pq.ParquetFile(file) as table:
-        schema = table.schema_arrow
-        if key not in schema.names:
+    def __init__(self, config: PrepareConfig) -> None:
+        self.sums: dict[str, str] = {}
+        self._config, self._files = config, input_files(config.input)
+        given = None if config.tokenizer is None else load_tokenizer(Path(config.tokenizer))
+        if given is not None:
+            _special_tokens(given, config)  # before the long passes
+        self.corpus = _measure(_documents(self._files, config, keep_empty=True), config)
+        self.skipped = self.corpus.skipped
+        if self.corpus.text_bytes == 0:
             raise DataError(
-                f"{file} has no column {key!r}, only {sorted(schema.names)}: set text_key to the text's column"
+                f"input={config.input} holds no text ({self.skipped} empty documents in {len(self._files)} files)"
             )
-        kind = schema.field(key).type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-            raise DataError(f"{file}: column {key!r} is not text but {kind}: set text_key to the text's column")
-        row = 0
-        for batch in table.iter_batches(batch_size=1024, columns=[key]):
-            for content in batch.column(0).cast(pa.large_binary()).to_pylist():
-                yield "" if content is None else _decode(content, Path(f"{file} (row {row})"), 0)
-                row += 1
+        if given is None:
+            training = (text for text in _documents(self._files, config) if not self._held_out(text))
+            given = train_tokenizer(training, config.vocab_size)
+        self.tokenizer, self.special = given, _special_tokens(given, config)
+
+    def _held_out(self, text: str) -> bool:
+        return _draw(self._config, text, "split") < self.corpus.threshold
+
+    def documents(self, dtype: str) -> Iterator[_Document]:
+        batches = _batches(self._files, self.corpus, self._config)
+        for batch, encoded in _encoded(batches, self.tokenizer, self.special, dtype, self._config.workers):
+            for tokens, held_out, size in zip(encoded, batch.held_out, batch.text_bytes, strict=True):
+                yield _Document(tokens, None, held_out, size, size)
+
+
+# Chat.
+
+
+class _ChatSource:
+    """Conversations, one a line. What a line says decides its split, not how it is encoded."""
+
+    def __init__(self, config: PrepareConfig) -> None:
+        assert config.tokenizer is not None  # PrepareConfig sees to it
+        self._config, self._files = config, input_files(config.input, CHAT_SUFFIXES)
+        self.tokenizer = load_tokenizer(Path(config.tokenizer))
+        self._templates = find_templates(config.chat_templates, Path(config.tokenizer))
+        ids = special_token_ids(self.tokenizer)
+        self.special = _SpecialTokens(ids[BOS], ids[EOS], None)
+        self.skipped = 0
+
+    @functools.cached_property
+    def sums(self) -> dict[str, str]:
+        """SHA-256 of what decides the tokens besides the settings."""
+        with contextlib.ExitStack() as stack:
+            opened = [stack.enter_context(file.open("rb")) for file in self._files]
+            files = [hashlib.file_digest(file, "sha256").hexdigest() for file in opened]
+        return {
+            "input_sha256": hashlib.sha256("\n".join(files).encode()).hexdigest() if len(files) > 1 else files[0],
+            "tokenizer_sha256": hashlib.sha256(_tokenizer_bytes(self._config, self.tokenizer)).hexdigest(),
+            "chat_templates_sha256": self._templates.digest,
+        }
+
+    @functools.cached_property
+    def corpus(self) -> _Corpus:
+        def checked() -> Iterator[str]:
+            for line, where in lines(self._files):
+                _conversation(line, where)
+                yield line
+
+        corpus = _measure(checked(), self._config)
+        if corpus.text_bytes == 0:
+            raise DataError(f"input={self._config.input} holds no conversation in {len(self._files)} files")
+        return corpus
+
+    def documents(self, dtype: str) -> Iterator[_Document]:
+        config, sizes = self._config, token_byte_lengths(self.tokenizer)
+        found = lines(self._files)
+        while batch := list(itertools.islice(found, _BATCH_DOCUMENTS)):
+            conversations = [_conversation(line, where) for line, where in batch]
+            encoded = encode_batch(conversations, self.tokenizer, config.effort, self._templates)
+            for (line, where), (ids, trained) in zip(batch, encoded, strict=True):
+                if config.max_tokens is not None and len(ids) > config.max_tokens:
+                    if config.too_long == "error":
+                        raise DataError(
+                            f"{where}: the conversation has {len(ids)} tokens, max_tokens={config.max_tokens}: shorten "
+                            "it, raise max_tokens, or leave such ones out with too_long=drop"
+                        )
+                    self.skipped += 1
+                    continue
+                tokens = np.array(ids, dtype=dtype)
+                held_out = _draw(config, line, "split") < self.corpus.threshold
+                yield _Document(tokens, np.array(trained), held_out, int(sizes[ids].sum()), len(line.encode()))
+
+
+def _conversation(line: str, where: str) -> Conversation:
+    return parse_record(json_object(line, where, '{"messages": [...]}'), where)
+
+
+def _tokenizer_bytes(config: PrepareConfig, tokenizer: Tokenizer) -> bytes:
+    """Content of the prepared folder's `tokenizer.json`: the given file as it is."""
+    if config.tokenizer is None:
+        return tokenizer.to_str(pretty=True).encode()
+    given = Path(config.tokenizer)
+    return (given / "tokenizer.json" if given.is_dir() else given).read_bytes()
+
+
+def _write(folder: Path, source: _Source, config: PrepareConfig, progress: Progress | None) -> Manifest:
+    vocab_size = vocabulary_size(source.tokenizer)
+    dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
+    writers = {name: ShardWriter(folder, name, dtype, config.shard_tokens) for name in SPLITS}
+    text_bytes = dict.fromkeys(SPLITS, 0)
+    total, done, shown = source.corpus.text_bytes, 0, 0
+    for document in source.documents(dtype):
+        name = SPLITS[document.held_out]
+        writers[name].add(document.tokens, document.trained)
+        text_bytes[name] += document.text_bytes
+        done += document.read_bytes
+        if progress is not None and done - shown >= _PROGRESS_BYTES:
+            shown = done
+            progress(done, total)
+    if progress is not None:
+        progress(total, total)
+    splits = {name: writer.finish(text_bytes[name]) for name, writer in writers.items()}
+    if splits["train"].documents == 0:
+        raise DataError(
+            f"input={config.input}: all conversations but {splits['validation'].documents} are longer than "
+            f"max_tokens={config.max_tokens} ({source.skipped}), and none is left to train on: raise max_tokens"
+        )
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        vocab_size=vocab_size,
+        bos=source.special.bos,
+        eos=source.special.eos,
+        fim=source.special.fim if config.fim_rate > 0 else None,
+        dtype=dtype,
+        skipped=source.skipped,
+        config={key: value for key, value in asdict(config).items() if key not in ("output", "workers")} | source.sums,
+        tokenizer=write_file(folder, "tokenizer.json", [_tokenizer_bytes(config, source.tokenizer)]),
+        token_bytes=write_array(folder, "token_bytes.npy", [token_byte_lengths(source.tokenizer)], np.int32),
+        splits=splits,
+    )
+    write_file(folder, "manifest.json", [manifest.to_json().encode()])
+    sync_folder(folder)
+    return manifest

@@ -1,8 +1,8 @@
 """Token shards on disk: the manifest, the writer, and a memory-mapped reader that checks what it reads.
 
 A prepared folder holds `manifest.json`, `tokenizer.json`, `token_bytes.npy` and, in `train/` and `validation/`, pairs
-of `tokens-00000.npy` (all documents of the shard end to end) and `offsets-00000.npy` (int64, documents + 1). A document
-is never split between two shards.
+of `tokens-00000.npy` (all documents of the shard end to end) and `offsets-00000.npy` (int64, documents + 1). Chat data
+have `trained-00000.npy` too (uint8 per token: 1 if the loss counts it). A document is never split between two shards.
 """
 
 import functools
@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 FORMAT_VERSION = 1
 SPLITS = ("train", "validation")
 _CHUNK = 1 << 22
-_OPEN_SHARDS = 256  # two file handles each; the usual limit of a process is 1024
+_OPEN_SHARDS = 256  # three file handles each; the usual limit of a process is 1024
 
 
 class DataError(ValueError):
@@ -41,27 +41,39 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """Counts of a shard and its two files."""
+    """Counts of a shard and its files; text has no `trained_file`: the loss counts all of its tokens."""
 
     documents: int
     tokens: int
     token_file: FileEntry
     offset_file: FileEntry
+    trained_file: FileEntry | None = None
 
 
 @dataclass(frozen=True)
 class SplitEntry:
-    """Counts of a split; `bytes` is the UTF-8 size of its raw text."""
+    """Counts of a split.
+
+    Attributes:
+        bytes: UTF-8 size of its text.
+        longest: tokens of its longest document; 0 in folders prepared before this was recorded.
+        trained: tokens that the loss counts; None for text, where it counts all.
+    """
 
     documents: int
     tokens: int
     bytes: int
     shards: tuple[ShardEntry, ...]
+    longest: int = 0
+    trained: int | None = None
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a prepared folder holds. `vocab_size` is the tokenizer's highest id plus one."""
+    """What a prepared folder holds. `vocab_size` is the tokenizer's highest id plus one.
+
+    `skipped` counts what was left out: empty documents of text, conversations that were too long.
+    """
 
     format_version: int
     vocab_size: int
@@ -83,6 +95,8 @@ class Manifest:
             sums.append(name)
             for shard in self.splits[name].shards:
                 sums += [shard.token_file.sha256, shard.offset_file.sha256]
+                if shard.trained_file is not None:
+                    sums.append(shard.trained_file.sha256)
         return hashlib.sha256("\n".join(sums).encode()).hexdigest()
 
     def to_json(self) -> str:
@@ -121,10 +135,12 @@ def _split_entry(split: dict[str, Any]) -> SplitEntry:
             shard["tokens"],
             FileEntry(**shard["token_file"]),
             FileEntry(**shard["offset_file"]),
+            FileEntry(**shard["trained_file"]) if shard.get("trained_file") else None,
         )
         for shard in split["shards"]
     )
-    return SplitEntry(split["documents"], split["tokens"], split["bytes"], shards)
+    counts = split["documents"], split["tokens"], split["bytes"]
+    return SplitEntry(*counts, shards, split.get("longest", 0), split.get("trained"))
 
 
 def _checksum(content: dict[str, Any]) -> str:
@@ -170,15 +186,24 @@ class ShardWriter:
         self.shards: list[ShardEntry] = []
         self._folder, self._split, self._dtype, self._shard_tokens = folder, split, dtype, shard_tokens
         self._parts: list[npt.NDArray[Any]] = []
-        self._tokens = 0
+        self._masks: list[npt.NDArray[Any]] = []
+        self._tokens = self._longest = 0
+        self._trained: int | None = None
         (folder / split).mkdir()
 
-    def add(self, tokens: npt.NDArray[Any]) -> None:
-        """Append one document (1-D, integer); a shard that is full is written out."""
+    def add(self, tokens: npt.NDArray[Any], trained: npt.NDArray[np.bool_] | None = None) -> None:
+        """Append one document (1-D, integer); a shard that is full is written out.
+
+        `trained` says which tokens the loss counts, of the same length; given for all documents of a split or for none.
+        """
         if self._parts and self._tokens + len(tokens) > self._shard_tokens:
             self._flush()
         self._parts.append(tokens)
         self._tokens += len(tokens)
+        self._longest = max(self._longest, len(tokens))
+        if trained is not None:
+            self._masks.append(trained)
+            self._trained = (self._trained or 0) + int(trained.sum())
 
     def finish(self, text_bytes: int) -> SplitEntry:
         """Write the last shard and return the split's entry."""
@@ -190,6 +215,8 @@ class ShardWriter:
             tokens=sum(shard.tokens for shard in self.shards),
             bytes=text_bytes,
             shards=tuple(self.shards),
+            longest=self._longest,
+            trained=self._trained,
         )
 
     def _flush(self) -> None:
@@ -197,8 +224,11 @@ class ShardWriter:
         offsets = np.cumsum([0, *map(len, self._parts)], dtype=np.int64)
         token_file = write_array(self._folder, f"{self._split}/tokens-{index}", self._parts, self._dtype)
         offset_file = write_array(self._folder, f"{self._split}/offsets-{index}", [offsets], np.int64)
-        self.shards.append(ShardEntry(len(self._parts), self._tokens, token_file, offset_file))
-        self._parts, self._tokens = [], 0
+        trained_file = None
+        if self._masks:
+            trained_file = write_array(self._folder, f"{self._split}/trained-{index}", self._masks, np.uint8)
+        self.shards.append(ShardEntry(len(self._parts), self._tokens, token_file, offset_file, trained_file))
+        self._parts, self._masks, self._tokens = [], [], 0
 
 
 class TokenStore(Protocol):
@@ -218,6 +248,16 @@ class TokenStore(Protocol):
         """Tokens `start` to `start + length` of a document `[length]`, read-only."""
         ...
 
+    def read_trained(self, document: int, start: int, length: int) -> npt.NDArray[Any] | None:
+        """Which of these tokens the loss counts `[length]`, 0 or 1; None: all."""
+        ...
+
+
+class _Shard(NamedTuple):
+    tokens: npt.NDArray[Any]
+    offsets: npt.NDArray[np.int64]
+    trained: npt.NDArray[np.uint8] | None
+
 
 class ShardStore:
     """One split of a prepared folder, memory-mapped. A document is found in O(log shards)."""
@@ -235,7 +275,7 @@ class ShardStore:
         lengths = np.empty(len(documents), dtype=np.int64)
         for shard in np.unique(shard_of).tolist():
             here = shard_of == shard
-            offsets = self._open(shard)[1]
+            offsets = self._open(shard).offsets
             local = documents[here] - self._first[shard]
             lengths[here] = offsets[local + 1] - offsets[local]
         return lengths
@@ -246,19 +286,34 @@ class ShardStore:
         Raises:
             IndexError: the document or the range does not exist.
         """
+        files, begin = self._locate(document, start, length)
+        return files.tokens[begin : begin + length]
+
+    def read_trained(self, document: int, start: int, length: int) -> npt.NDArray[np.uint8] | None:
+        """Which of these tokens the loss counts, a read-only view `[length]` of 0 and 1; None for text: all.
+
+        Raises:
+            IndexError: the document or the range does not exist.
+        """
+        files, begin = self._locate(document, start, length)
+        return None if files.trained is None else files.trained[begin : begin + length]
+
+    def _locate(self, document: int, start: int, length: int) -> tuple["_Shard", int]:
+        """The document's shard, and where in it the range begins."""
         if not 0 <= document < self.documents:
             raise IndexError(f"document {document} of {self.documents} in {self._folder}")
         shard = int(np.searchsorted(self._first, document, side="right")) - 1
-        tokens, offsets = self._open(shard)
+        files = self._open(shard)
         local = document - int(self._first[shard])
-        begin, end = int(offsets[local]) + start, int(offsets[local + 1])
+        begin, end = int(files.offsets[local]) + start, int(files.offsets[local + 1])
         if start < 0 or length < 0 or begin + length > end:
             raise IndexError(f"tokens {start} to {start + length} of document {document} in {self._folder}")
-        return tokens[begin : begin + length]
+        return files, begin
 
-    def _map(self, shard: int) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+    def _map(self, shard: int) -> "_Shard":
         entry = self._shards[shard]
-        return _map(self._folder / entry.token_file.name), _map(self._folder / entry.offset_file.name)
+        trained = None if entry.trained_file is None else _map(self._folder / entry.trained_file.name)
+        return _Shard(_map(self._folder / entry.token_file.name), _map(self._folder / entry.offset_file.name), trained)
 
 
 class PreparedData:
@@ -281,6 +336,8 @@ class PreparedData:
             for shard in split.shards:
                 _check_file(folder, shard.offset_file, verify)
                 _check_file(folder, shard.token_file, verify)
+                if shard.trained_file is not None:
+                    _check_file(folder, shard.trained_file, verify)
                 if verify:
                     _check_shard(folder, shard, self.manifest.vocab_size)
         self._stores = {name: ShardStore(folder, split) for name, split in self.manifest.splits.items()}
@@ -385,6 +442,10 @@ def _check_shard(folder: Path, shard: ShardEntry, vocab_size: int) -> None:
         or np.any(offsets[1:] < offsets[:-1])
     ):
         raise DataError(f"{folder / shard.offset_file.name} does not match its tokens: prepare the data again")
+    if shard.trained_file is not None:
+        trained = _map(folder / shard.trained_file.name)
+        if len(trained) != shard.tokens or np.any(trained > 1):
+            raise DataError(f"{folder / shard.trained_file.name} does not match its tokens: prepare the data again")
     highest = max((int(tokens[at : at + _CHUNK].max()) for at in range(0, len(tokens), _CHUNK)), default=0)
     if highest >= vocab_size:
         raise DataError(

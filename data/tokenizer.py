@@ -16,17 +16,9 @@ from .shards import DataError
 BOS = "<\uff5cbegin\u2581of\u2581sentence\uff5c>"
 EOS = "<\uff5cend\u2581of\u2581sentence\uff5c>"
 FIM_BEGIN, FIM_HOLE, FIM_END = (f"<\uff5cfim\u2581{part}\uff5c>" for part in ("begin", "hole", "end"))
-SPECIAL_TOKENS = (
-    BOS,
-    EOS,
-    FIM_BEGIN,
-    FIM_HOLE,
-    FIM_END,
-    "<\uff5cUser\uff5c>",
-    "<\uff5cAssistant\uff5c>",
-    "<think>",
-    "</think>",
-)
+USER, ASSISTANT = "<\uff5cUser\uff5c>", "<\uff5cAssistant\uff5c>"
+THINK, THINK_END = "<think>", "</think>"
+SPECIAL_TOKENS = (BOS, EOS, FIM_BEGIN, FIM_HOLE, FIM_END, USER, ASSISTANT, THINK, THINK_END)
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 
 # Numbers by up to three digits; words with the one character before them; punctuation with its newlines; white space,
@@ -80,7 +72,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 def load_tokenizer(path: Path) -> Tokenizer:
     """Load a `tokenizer.json`, or the one in the folder `path`, without its truncation and padding.
 
-    Special tokens spelled out in a text are encoded as plain text, never as their ids.
+    Special tokens spelled out in a text are encoded as plain text, never as their ids. That holds for all added tokens
+    in angle brackets or with DeepSeek's bars: its release declares `<think>` and the token of a user's turn as ordinary
+    ones, which any text could spell.
 
     Raises:
         DataError: there is no such file, or it is no Hugging Face tokenizer.
@@ -95,6 +89,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise DataError(f"{file} is not a Hugging Face tokenizer.json ({reason}): give one that is") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    added = (token.content for token in tokenizer.get_added_tokens_decoder().values())
+    tokenizer.add_special_tokens([name for name in added if name.startswith("<") or "\uff5c" in name])
     tokenizer.encode_special_tokens = True
     return tokenizer
 

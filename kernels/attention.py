@@ -1,7 +1,8 @@
 """Core attention of DeepSeek-V4: sliding window and compressed entries under one softmax, with a sink per head.
 
-Shapes: B batch, T tokens, H heads, C head dim (keys and values are the same vectors), N compressed entries, W window,
-k selected entries, c tokens in a chunk, g chunks in a group, t = g c tokens of it, n entries that it sees.
+Shapes: B batch, T tokens, P tokens before them, H heads, C head dim (keys and values are the same vectors), N
+compressed entries, W window, k selected entries, c tokens in a chunk, g chunks in a group, t = g c tokens of it, n
+entries that it sees.
 """
 
 from collections.abc import Iterator
@@ -26,11 +27,12 @@ def hybrid_attention_reference(
     blocks: Blocks | None = None,
     selected: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``hybrid_attention`` written for reading, the oracle of the tests: all scores at once, ``[B, T, H, T + N]``."""
+    """``hybrid_attention`` written for reading, the oracle of the tests: all scores at once, ``[B, T, H, P+T+N]``."""
     heads, dim = q.shape[2:]
     token = torch.arange(q.shape[1], device=q.device)
-    distance = token[:, None] - token
-    attends = (distance >= 0) & (distance < window) & (token >= first.unsqueeze(-1))  # [B, T, T]
+    key = torch.arange(q.shape[1] - kv.shape[1], q.shape[1], device=q.device)
+    distance = token[:, None] - key
+    attends = (distance >= 0) & (distance < window) & (key >= first.unsqueeze(-1))  # [B, T, P + T]
     keys = kv
     if entries is not None and blocks is not None:
         attends = torch.cat((attends, _sees(entries, blocks, selected)), 2)
@@ -59,8 +61,9 @@ def hybrid_attention(
     a group of a few hundred tokens: the backward pass computes the scores once more.
 
     Args:
-        q: ``[B, T, H, C]``; kv: ``[B, T, C]``, key and value at once; sink: ``[H]``, a logit that enters only the
-            denominator; first: ``[B, T]``, first token of each token's document; window: W, the token itself included.
+        q: ``[B, T, H, C]``; kv: ``[B, P + T, C]``, key and value at once, those of P < W earlier tokens first (none in
+            training); sink: ``[H]``, a logit that enters only the denominator; first: ``[B, T]``, first token of each
+            token's document, negative for an earlier one; window: W, the token itself included.
         entries: ``[B, N, C]`` compressed keys/values, with ``blocks`` saying who may see which; None for window only.
         selected: ``[B, T, k]`` the entries to attend to, -1 for none; None attends to every visible one.
 
@@ -100,13 +103,14 @@ def _groups(
     # A chunk's matrix product covers c + W - 1 keys of which each token wants W: smaller chunks waste less, but thin
     # products are slow. Half a window is the best of what was measured (2 cores; W 64 and 128).
     chunk = min(max(window // 2, 16), length)
-    reach = min(window, length) - 1
+    reach = min(window, kv.shape[1]) - 1
     width = chunk + reach
     farthest = 0 if blocks is None else (blocks.start.shape[1] if selected is None else selected.shape[2])
     budget = CPU_ELEMENTS if q.device.type == "cpu" else GPU_ELEMENTS
     chunks = -(-length // chunk)
     many = min(chunks, max(1, budget // (batch * chunk * heads * (width + farthest))))
-    padded = F.pad(kv, (0, 0, reach, chunks * chunk - length))
+    past = kv.shape[1] - length
+    padded = F.pad(kv, (0, 0, reach - past, chunks * chunk - length))
     for at in range(0, chunks, many):
         count = min(many, chunks - at)
         start, tokens = at * chunk, count * chunk
@@ -179,7 +183,7 @@ class _HybridAttention(torch.autograd.Function):
         batch, length, _, dim = q.shape
         q_gradient = torch.empty_like(q, memory_format=torch.contiguous_format)
         # Sums over many groups are kept in float32.
-        reach = min(window, length) - 1
+        reach = min(window, kv.shape[1]) - 1
         kv_gradient = torch.zeros(batch, reach + length + 2 * max(window, 16), dim, dtype=lse.dtype, device=q.device)
         entry_gradient = None if entries is None else torch.zeros(entries.shape, dtype=lse.dtype, device=q.device)
         sink_gradient = torch.zeros_like(sink, dtype=lse.dtype)
@@ -200,7 +204,7 @@ class _HybridAttention(torch.autograd.Function):
                 part += far_part
                 group.far.add_gradient(entry_gradient, at_least_fp32(gradient))
             q_gradient[:, group.start : stop] = part.mul_(scale)[:, kept]
-        kv_gradient = kv_gradient[:, reach : reach + length].to(kv.dtype)
+        kv_gradient = kv_gradient[:, reach + length - kv.shape[1] : reach + length].to(kv.dtype)
         if entry_gradient is not None:
             entry_gradient = entry_gradient.to(entries.dtype)
         return q_gradient, kv_gradient, sink_gradient.to(sink.dtype), None, None, entry_gradient, None, None

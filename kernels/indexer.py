@@ -286,13 +286,15 @@ def _budget(like: Tensor) -> int:
 
 
 def _portions(valid: Tensor, heads: int, blocks: Blocks, selected: Tensor | None = None) -> Iterator[tuple[int, int]]:
-    """Token ranges of growing distance from the row's start, so of growing sight, whose scores fill the budget."""
+    """Token ranges of growing distance from the document's start, so of growing sight, whose scores fill the budget."""
     batch, length = valid.shape
     room = _budget(valid) // (batch * heads)  # tokens times entries
+    past = (blocks.start.shape[1] - length // blocks.ratio) * blocks.ratio  # of a row that goes on with a document
     start = 0
     while start < length:
-        if selected is None:  # tokens * (start + tokens) / ratio entries
-            tokens = (math.isqrt(start * start + 4 * room * blocks.ratio) - start) // 2
+        if selected is None:  # tokens * (past + start + tokens) / ratio entries
+            before = past + start
+            tokens = (math.isqrt(before * before + 4 * room * blocks.ratio) - before) // 2
         else:
             tokens = room // max(selected.shape[2], 1)
         yield start, min(length, start + max(tokens, 1))

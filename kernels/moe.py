@@ -1,7 +1,8 @@
 """Mixture of experts: router scores, the choice of experts, and their clamped SwiGLU.
 
-Shapes: M tokens (batch and length flattened), D hidden, E experts, K experts per token, F expert intermediate, R rows
-of the grouped products: M K copies of tokens, sorted by expert, each expert's share padded to whole tiles.
+Shapes: M tokens (batch and length flattened), D hidden, E experts, K experts per token, F expert intermediate, L rank
+of adapters, R rows of the grouped products: M K copies of tokens, sorted by expert, each expert's share padded to whole
+tiles.
 """
 
 from typing import Any, NamedTuple
@@ -11,6 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .norm import at_least_fp32
+from .quantize import Quantized
+
+# Elements of quantised experts that are dequantised at once.
+CPU_ELEMENTS, GPU_ELEMENTS = 2**22, 2**26
 
 # An expert's share is padded to whole tiles. BLAS picks another summation order for products of few rows (measured:
 # fewer than 12 with MKL), and then a token's output would depend on how many others, of whatever document, chose the
@@ -54,10 +59,39 @@ def clamp_hits(gate: Tensor, up: Tensor, limit: float) -> Tensor:
     return _clamped_rows(gate.reshape(-1, width), up.reshape(-1, width), limit).sum() / (2 * gate.numel())
 
 
+class LowRank(NamedTuple):
+    """What an adapter adds to a matrix ``[out, in]`` (or to each of a stack of them): scale * b @ a."""
+
+    a: Tensor  # [..., L, in]
+    b: Tensor  # [..., out, L]
+    scale: float
+
+    def delta(self) -> Tensor:
+        """The addition itself, ``[..., out, in]``, at least float32."""
+        return at_least_fp32(self.b) @ at_least_fp32(self.a) * self.scale
+
+
+class ExpertAdapters(NamedTuple):
+    """An adapter of every routed expert, stacked."""
+
+    gate_up: LowRank  # a [E, L, D], b [E, 2F, L]: the rows of w1, then those of w3
+    down: LowRank  # a [E, L, F], b [E, D, L]
+
+
 def routed_experts_reference(
-    x: Tensor, ids: Tensor, weights: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, limit: float
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    w1: Tensor,
+    w3: Tensor,
+    w2: Tensor,
+    limit: float,
+    adapters: ExpertAdapters | None = None,
 ) -> Tensor:
-    """The output of ``routed_experts`` by a loop over experts, the oracle of the tests."""
+    """The output of ``routed_experts`` by a loop over experts, adapters folded in: the oracle of the tests."""
+    if adapters is not None:
+        to_gate, to_up = adapters.gate_up.delta().chunk(2, 1)
+        w1, w3, w2 = w1 + to_gate, w3 + to_up, w2 + adapters.down.delta()
     output = torch.zeros_like(x, dtype=at_least_fp32(x[:0]).dtype)
     for expert in range(len(w1)):
         token, slot = (ids == expert).nonzero(as_tuple=True)
@@ -68,7 +102,14 @@ def routed_experts_reference(
 
 
 def routed_experts(
-    x: Tensor, ids: Tensor, weights: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, limit: float
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    w1: Tensor | Quantized,
+    w3: Tensor | Quantized,
+    w2: Tensor | Quantized,
+    limit: float,
+    adapters: ExpertAdapters | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum over each token's experts of weight * expert(x), nothing dropped.
 
@@ -78,6 +119,9 @@ def routed_experts(
 
     Args:
         x: ``[M, D]``; ids, weights: ``[M, K]``; w1 (gate), w3 (up): ``[E, F, D]``; w2 (down): ``[E, D, F]``.
+            Quantised ones are frozen, and dequantised a few experts at a time.
+        adapters: low-rank products added to those of the matrices, which are never formed; they compute in the dtype
+            of x like the matrices.
 
     Returns:
         output ``[M, D]``, at least float32 (experts are summed so), and the share of clamped elements (0-dim).
@@ -85,14 +129,31 @@ def routed_experts(
     # Rows of whole 16 bytes: torch's grouped product asks for them, and with others BLAS sums a row by its place.
     unit = 16 // x.element_size()
     wide, inner = -x.shape[1] % unit, -w1.shape[1] % unit
+    factors = () if adapters is None else _factors(adapters, x.dtype, wide, inner)
     if wide or inner:
-        x, w1, w3, w2 = (
-            F.pad(x, (0, wide)),
-            *(F.pad(w, (0, wide, 0, inner)) for w in (w1, w3)),
-            F.pad(w2, (0, inner, 0, wide)),
-        )
-    output, hits = _RoutedExperts.apply(x, ids, weights, w1, w3, w2, limit)
+        x = F.pad(x, (0, wide))
+        w1, w3, w2 = (_padded(w1, inner, wide), _padded(w3, inner, wide), _padded(w2, wide, inner))
+    output, hits = _RoutedExperts.apply(x, ids, weights, w1, w3, w2, limit, *factors)
     return output[:, : output.shape[1] - wide], hits * (w1.shape[1] / (w1.shape[1] - inner))
+
+
+def _padded(matrices: Tensor | Quantized, rows: int, columns: int) -> Tensor | Quantized:
+    if isinstance(matrices, Quantized):
+        return matrices._replace(padding=(rows, columns))
+    return F.pad(matrices, (0, columns, 0, rows))
+
+
+def _factors(adapters: ExpertAdapters, dtype: torch.dtype, wide: int, inner: int) -> tuple[Tensor, ...]:
+    """a and b of gate and up, which share a, and of down: a1, b1, b3, a2, b2; scaled, cast, padded as the matrices."""
+    (a1, both, up_scale), (a2, b2, down_scale) = adapters
+    narrow, low = (-a.shape[1] % (16 // dtype.itemsize) for a in (a1, a2))
+    padded = (
+        F.pad(a1 * up_scale, (0, wide, 0, narrow)),
+        *(F.pad(b, (0, narrow, 0, inner)) for b in both.chunk(2, 1)),
+        F.pad(a2 * down_scale, (0, inner, 0, low)),
+        F.pad(b2, (0, low, 0, wide)),
+    )
+    return tuple(factor.to(dtype) for factor in padded)
 
 
 class _Layout(NamedTuple):
@@ -138,6 +199,25 @@ class _Layout(NamedTuple):
         shares = zip(rows.split(self._sizes()), matrices.unbind(), strict=True)
         return torch.cat([share @ matrix for share, matrix in shares])
 
+    def times(self, rows: Tensor, matrices: Tensor | Quantized, transposed: bool = False) -> Tensor:
+        """``product`` with weights ``[E, O, I]``, O features to I; ``transposed``: I to O. In the dtype of the rows."""
+        if isinstance(matrices, Tensor):
+            dense = matrices.to(rows.dtype)
+            return self.product(rows, dense.mT if transposed else dense)
+        experts, outputs, inputs = matrices.shape
+        budget = CPU_ELEMENTS if rows.device.type == "cpu" else GPU_ELEMENTS
+        many = max(1, budget // (outputs * inputs))
+        ends = [0, *self.ends.tolist()]
+        result = rows.new_zeros(len(rows), outputs if transposed else inputs)
+        for first in range(0, experts, many):
+            last = min(first + many, experts)
+            start, stop = ends[first], ends[last]
+            if start < stop:
+                dense = matrices.dequantize(slice(first, last), rows.dtype)
+                share = _Layout(self.ends[first:last] - start, self.source[start:stop], self.slot)
+                result[start:stop] = share.product(rows[start:stop], dense.mT if transposed else dense)
+        return result
+
     def outer(self, left: Tensor, right: Tensor) -> Tensor:
         """Sum over each expert's rows of left^T right: ``[R, x]`` and ``[R, y]`` to ``[E, x, y]``."""
         if left.dtype != torch.float64:
@@ -152,20 +232,42 @@ class _Layout(NamedTuple):
 
 
 class _RoutedExperts(torch.autograd.Function):
-    """Saves the two projections; gathered tokens and hidden activations are made again."""
+    """Saves the two projections; gathered tokens and hidden activations are made again.
+
+    ``factors``: none, or what ``_factors`` returns.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, ids: Tensor, weights: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, limit: float
+        ctx: Any,
+        x: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        w1: Tensor | Quantized,
+        w3: Tensor | Quantized,
+        w2: Tensor | Quantized,
+        limit: float,
+        *factors: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        layout = _Layout.of(ids, len(w1))
+        layout = _Layout.of(ids, w1.shape[0])
         rows = x.index_select(0, layout.source)
-        gate, up = (layout.product(rows, w.to(x.dtype).mT) for w in (w1, w3))
+        gate, up = (layout.times(rows, w, transposed=True) for w in (w1, w3))
+        if factors:
+            a1, b1, b3, a2, b2 = factors
+            low = layout.product(rows, a1.mT)
+            gate.add_(layout.product(low, b1.mT))
+            up.add_(layout.product(low, b3.mT))
         del rows
         hidden = (clamped_swiglu(gate, up, limit) * layout.scatter(weights)).to(x.dtype)
-        output = layout.gather(layout.product(hidden, w2.to(x.dtype).mT))
+        down = layout.times(hidden, w2, transposed=True)
+        if factors:
+            down.add_(layout.product(layout.product(hidden, a2.mT), b2.mT))
+        output = layout.gather(down)
         hits = _clamped_rows(gate, up, limit)[layout.slot].sum() / max(2 * layout.slot.numel() * gate.shape[1], 1)
-        ctx.save_for_backward(x, weights, w1, w3, w2, gate, up, *layout)
+        matrices = (w1, w3, w2)
+        learned = (w if isinstance(w, Tensor) else None for w in matrices)
+        ctx.save_for_backward(x, weights, *learned, gate, up, *layout, *factors)
+        ctx.quantized = [None if isinstance(w, Tensor) else w for w in matrices]
         ctx.limit = limit
         ctx.mark_non_differentiable(hits)
         return output, hits
@@ -173,21 +275,41 @@ class _RoutedExperts(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        x, weights, w1, w3, w2, gate, up, *layout = ctx.saved_tensors
-        layout = _Layout(*layout)
+        saved = ctx.saved_tensors  # once: unpacking makes a checkpoint run again
+        (x, weights, *learned, gate, up), layout = saved[:7], saved[7:]
+        w1, w3, w2 = (w if q is None else q for w, q in zip(learned, ctx.quantized, strict=True))
+        layout, factors = _Layout(*layout[: len(_Layout._fields)]), layout[len(_Layout._fields) :]
+        _, _, _, w1_learns, w3_learns, w2_learns, *_ = ctx.needs_input_grad  # not those below adapters
+        to_w1 = to_w3 = to_w2 = None
+        to_factors: tuple[Tensor, ...] = ()
         upper = gradient.to(x.dtype).index_select(0, layout.source)
         # A row of padding has weight 0: hidden and both slopes are 0 there, whatever token it repeats.
         with torch.enable_grad():
             leaves = [t.detach().requires_grad_() for t in (gate, up, layout.scatter(weights))]
             hidden = (clamped_swiglu(leaves[0], leaves[1], ctx.limit) * leaves[2]).to(x.dtype)
-        to_w2 = layout.outer(upper, hidden.detach()).to(w2.dtype)
-        to_gate, to_up, to_scale = torch.autograd.grad(hidden, leaves, layout.product(upper, w2.to(x.dtype)))
-        del upper, hidden
+        if w2_learns:
+            to_w2 = layout.outer(upper, hidden.detach()).to(w2.dtype)
+        to_hidden = layout.times(upper, w2)
+        if factors:
+            a1, b1, b3, a2, b2 = factors
+            low, to_low = layout.product(hidden.detach(), a2.mT), layout.product(upper, b2)
+            to_hidden.add_(layout.product(to_low, a2))
+            to_factors = (layout.outer(to_low, hidden.detach()), layout.outer(upper, low))
+        to_gate, to_up, to_scale = torch.autograd.grad(hidden, leaves, to_hidden)
+        del upper, hidden, to_hidden
         rows = x.index_select(0, layout.source)
-        to_w1, to_w3 = (layout.outer(slope, rows).to(w1.dtype) for slope in (to_gate, to_up))
-        del rows
-        to_rows = layout.product(to_gate, w1.to(x.dtype)).add_(layout.product(to_up, w3.to(x.dtype)))
-        return layout.gather(to_rows).to(x.dtype), None, to_scale[layout.slot].squeeze(-1), to_w1, to_w3, to_w2, None
+        if w1_learns:
+            to_w1 = layout.outer(to_gate, rows).to(w1.dtype)
+        if w3_learns:
+            to_w3 = layout.outer(to_up, rows).to(w3.dtype)
+        to_rows = layout.times(to_gate, w1).add_(layout.times(to_up, w3))
+        if factors:
+            low, to_low = layout.product(rows, a1.mT), layout.product(to_gate, b1).add_(layout.product(to_up, b3))
+            to_rows.add_(layout.product(to_low, a1))
+            outers = (layout.outer(to_low, rows), layout.outer(to_gate, low), layout.outer(to_up, low))
+            to_factors = (*outers, *to_factors)
+        to_weights = to_scale[layout.slot].squeeze(-1)
+        return layout.gather(to_rows).to(x.dtype), None, to_weights, to_w1, to_w3, to_w2, None, *to_factors
 
 
 def _clamped_rows(gate: Tensor, up: Tensor, limit: float) -> Tensor:

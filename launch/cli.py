@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from ..data.shards import DataError
 from ..model.config import ModelConfigError
-from ..model.released import WeightsError
+from ..model.tensor_files import WeightsError
 from ..train.checkpoint import CheckpointError
 from ..train.config import CONF, ConfigError, from_yaml, load, normalize
 
@@ -24,12 +24,17 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "prepare": Command("text files to token shards", "openv4 prepare input=my_texts output=my_data"),
+    "preview": Command(
+        "a conversation, and what training on it would count", "openv4 preview input=chat.jsonl tokenizer=my_model"
+    ),
     "train": Command("pretrain, or resume a run", "openv4 train run=smoke data=my_data"),
     "evaluate": Command("loss and bits per byte on held-out text", "openv4 evaluate checkpoint=runs/smoke"),
     "generate": Command("continue a text", "openv4 generate checkpoint=runs/smoke prompt='In the beginning'"),
     "export": Command(
         "write the released format, which transformers loads", "openv4 export checkpoint=runs/smoke output=my_model"
     ),
+    "inspect": Command("what a folder of weights holds", "openv4 inspect DeepSeek-V4-Flash"),
+    "merge": Command("fold LoRA adapters into their weights", "openv4 merge adapter=runs/lora output=my_model"),
 }
 
 # What users cause and can mend. Anything else is a fault of ours and keeps its traceback.
@@ -48,6 +53,9 @@ def main() -> None:
     # `spawn`ed and launched children must not find our folders (kernels, data, ...) as top-level modules.
     os.environ.setdefault("PYTHONSAFEPATH", "1")
     module = importlib.import_module(f".{name}", __package__)
+    positional = getattr(module, "POSITIONAL", None)
+    if positional and arguments and "=" not in arguments[0] and arguments[0][:1] not in ("-", "+", "~"):
+        arguments[0] = f"{positional}={arguments[0]}"
     try:
         if any(argument.startswith("-") for argument in arguments):
             _hydra_application(name, module.CONFIG, module.run, arguments)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..train.checkpoint import find_tokenizer, load_model
-from ..train.config import ConfigError, DataConfig, TrainConfig, from_yaml
+from ..train.config import ConfigError, DataConfig, run_config
 from ..train.dataset import open_dataset
 from ..train.evaluation import evaluate
 
@@ -41,13 +41,15 @@ CONFIG = EvaluateConfig
 
 def run(config: EvaluateConfig) -> None:
     model = load_model(config.checkpoint)
-    trained = _run_config(Path(config.checkpoint).resolve())
+    trained = run_config(config.checkpoint)
     data = config.data
     if data.path is None and not data.sources:
         if trained is None:
             raise ConfigError(f"{config.checkpoint} is no run of ours: name the text with data=<prepared folder>")
         data = trained[1].data
-    dataset = open_dataset(data, trained[0] if trained else Path(), model.config)
+    dataset = open_dataset(
+        data, trained[0] if trained else Path(), model.config, trained[1].pretrained if trained else None
+    )
     own = find_tokenizer(config.checkpoint)
     if own is not None and own.read_bytes() != dataset.tokenizer_path.read_bytes():
         raise ConfigError(
@@ -69,11 +71,3 @@ def run(config: EvaluateConfig) -> None:
         dataset.eos,
     )
     print(json.dumps({"loss": result.loss, "bits_per_byte": result.bits_per_byte, "tokens": result.tokens}))
-
-
-def _run_config(path: Path) -> tuple[Path, TrainConfig] | None:
-    """The run that a checkpoint belongs to, and its config; None for an export."""
-    for folder in (path, path.parent.parent):
-        if (folder / "config.yaml").is_file():
-            return folder, from_yaml(TrainConfig, (folder / "config.yaml").read_text())
-    return None

@@ -1,4 +1,4 @@
-"""``openv4 export``: a run's weights in the released format, which transformers and inference engines load."""
+"""``openv4 export``: weights in the released formats, which transformers and inference engines load."""
 
 import math
 from dataclasses import dataclass
@@ -7,9 +7,13 @@ from typing import Literal
 
 import torch
 
-from ..model.released import load_pretrained, save_pretrained
+from ..model.lora import CONFIG_FILE as ADAPTER_CONFIG
+from ..model.released import Release, copy_companions, copy_tokenizer, released_tensors, write_release
+from ..model.tensor_files import new_folder
+from ..model.transformer import Transformer
 from ..train.checkpoint import find_tokenizer, find_weights
-from ..train.config import ConfigError
+from ..train.config import ConfigError, run_config
+from .progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -17,13 +21,16 @@ class ExportConfig:
     """Attributes:
     checkpoint: a run, one of its checkpoints, or another export.
     output: folder to write; must not exist, or be empty.
-    format: bf16 or fp32.
+    format: bf16, fp32, fp8 (as the Base models) or fp4+fp8 (as the instruct models).
+    base: folder of quantised weights that the run started from: what training left alone gets its bits back. null
+        takes the run's own.
     max_shard_gb: size beyond which the weights are split over several files, in 10^9 bytes.
     """
 
     checkpoint: str
     output: str
-    format: Literal["bf16", "fp32"] = "bf16"
+    format: Literal["bf16", "fp32", "fp8", "fp4+fp8"] = "bf16"
+    base: str | None = None
     max_shard_gb: float = 5.0
 
     def __post_init__(self) -> None:
@@ -36,7 +43,23 @@ CONFIG = ExportConfig
 
 def run(config: ExportConfig) -> None:
     weights = find_weights(config.checkpoint)  # checksums are compared here, once
-    model = load_pretrained(weights, torch.float32)
+    if (weights / ADAPTER_CONFIG).exists():
+        raise ConfigError(
+            f"{weights} holds adapters; use openv4 merge adapter={config.checkpoint} output={config.output}"
+        )
+    release = Release(weights)
+    with torch.device("meta"):
+        model = Transformer(release.config)
+    release.check(dict(released_tensors(model)))
+    trained = run_config(config.checkpoint)
+    folder = config.base or (trained[1].pretrained if trained else None)
+    base = Release(folder) if folder else None
     tokenizer = find_tokenizer(config.checkpoint)
-    save_pretrained(model, config.output, config.format, tokenizer, int(config.max_shard_gb * 1e9))
+    with new_folder(Path(config.output)) as temporary, progress_bar("writing") as advance:
+        kept = (base or release).copies if release.config.num_nextn_predict_layers else None
+        shard = int(config.max_shard_gb * 1e9)
+        write_release(temporary, release.weights(base), release.config, config.format, shard, kept, progress=advance)
+        copy_companions(base.folder if base else weights, temporary)
+        if tokenizer is not None and not (temporary / "tokenizer.json").exists():
+            copy_tokenizer(tokenizer, temporary, release.config)
     print(f"{weights} written to {Path(config.output)} as {config.format}")

@@ -1,4 +1,5 @@
-"""Counts of parameters and of floating-point operations, from a config alone (models are built on the meta device)."""
+"""Counts of parameters, floating-point operations and cache bytes, from a config alone (models are built on the meta
+device)."""
 
 import functools
 from dataclasses import dataclass
@@ -72,6 +73,41 @@ def _mean_of_capped_count(length: int, ratio: int, cap: int) -> float:
     # Blocks 1 .. full - 1 are the last seen for `ratio` tokens each; everything later sees the cap or the last block.
     below = ratio * (full * (full - 1) // 2)
     return (below + (length - (full * ratio - 1)) * full) / length if full else 0.0
+
+
+def cache_bytes(config: ModelConfig, context: int, entry_bytes: float = 584, key_bytes: float = 68) -> float:
+    """Bytes of the cache of one document of ``context`` tokens (recipe 12: at a million tokens 5.036 GB for Pro,
+    3.517 GB for Flash).
+
+    The windows, W tokens of every layer, and what ``cache_bytes_per_token`` says. Main layers only, for generation does
+    not run the MTP block; of blocks that are not complete, only the share of the entry to come is counted.
+
+    Args:
+        entry_bytes: of a key/value, in a window or compressed; key_bytes: of an indexer's key. The defaults are those
+            of Flash and Pro in the formats of DeepSeek's inference code; ``v4_entry_bytes`` and ``v4_key_bytes`` give
+            them for other widths.
+    """
+    window = min(context, config.sliding_window) * config.num_hidden_layers * entry_bytes
+    return window + context * cache_bytes_per_token(config, entry_bytes, key_bytes)
+
+
+def cache_bytes_per_token(config: ModelConfig, entry_bytes: float = 584, key_bytes: float = 68) -> float:
+    """What each token adds to the cache on average, once the windows are full: an entry per ``ratio`` tokens in every
+    layer that compresses, and a key of the indexer per ``ratio`` tokens in every CSA layer."""
+    layers = list(zip(config.kinds, config.compress_ratios, strict=True))[: config.num_hidden_layers]
+    return sum((entry_bytes + (key_bytes if kind == "csa" else 0)) / ratio for kind, ratio in layers if ratio)
+
+
+def v4_entry_bytes(config: ModelConfig) -> int:
+    """Bytes of a key/value in the released format (recipe 8.5): E4M3, but BF16 for the rotated channels, and a scale
+    byte for each 64 of the others, filled up to whole 8 bytes."""
+    still, turned = config.head_dim - config.qk_rope_head_dim, config.qk_rope_head_dim
+    return -(-(still + 2 * turned + -(-still // 64)) // 8) * 8
+
+
+def v4_key_bytes(config: ModelConfig) -> int:
+    """Bytes of an indexer's key in the released format (recipe 8.5): E2M1, and a scale byte for each 32 channels."""
+    return -(-config.index_head_dim // 2) + -(-config.index_head_dim // 32)
 
 
 def parameter_table(config: ModelConfig) -> list[tuple[str, str]]:

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from ..kernels.attention import hybrid_attention
 from ..kernels.compressor import compress
+from ..kernels.decode import continue_blocks, continue_documents
 from ..kernels.documents import Blocks, Documents, find_blocks, find_documents
 from ..kernels.indexer import Attended, IndexerLoss, indexer_loss, select_entries, selection_recall
 from ..kernels.norm import at_least_fp32, rms_norm
 from ..kernels.rope import apply_rope, rope_frequencies, rope_table
+from .cache import CompressorCache, LayerCache, pending
 from .config import ModelConfig
 from .layers import GroupedLinear, Linear, RMSNorm
 from .recompute import Route
@@ -54,14 +56,37 @@ class Geometry:
     window_rope: RopeTable  # for layers without compression
     compressed_rope: RopeTable  # for layers with compression: other base, YaRN
     blocks: dict[int, Blocks]  # by compression ratio
-    entry_rope: dict[int, RopeTable]  # by ratio: at the first token of each entry's own block
+    entry_rope: dict[int, RopeTable]  # by ratio: at the first token of each new entry's own block
+    past: int = 0  # tokens of each row's document that are in a cache
 
     @classmethod
     def of(cls, config: ModelConfig, segments: Tensor, positions: Tensor | None = None) -> "Geometry":
         """From ``segments [B, T]``; ``positions [B, T]`` default to each token's place in its document."""
         documents = find_documents(segments)
+        blocks = {ratio: find_blocks(documents, ratio) for ratio in set(config.compress_ratios) - {0}}
         if positions is None:
             positions = documents.position
+        entries = {ratio: positions.gather(1, b.start) for ratio, b in blocks.items()}
+        return cls._at(config, documents, blocks, positions, entries)
+
+    @classmethod
+    def after(cls, config: ModelConfig, tokens: Tensor, past: int) -> "Geometry":
+        """Of ``tokens [B, T]``, each row of which goes on with one document after its first ``past`` tokens."""
+        documents = continue_documents(tokens, past)
+        blocks = {r: continue_blocks(documents, past, r) for r in set(config.compress_ratios) - {0}}
+        entries = {ratio: b.start[:, past // ratio :] + past for ratio, b in blocks.items()}
+        return cls._at(config, documents, blocks, documents.position, entries, past)
+
+    @classmethod
+    def _at(
+        cls,
+        config: ModelConfig,
+        documents: Documents,
+        blocks: dict[int, Blocks],
+        positions: Tensor,
+        entries: dict[int, Tensor],
+        past: int = 0,
+    ) -> "Geometry":
         yarn = config.rope_scaling
         plain = rope_frequencies(config.qk_rope_head_dim, config.rope_theta)
         scaled = rope_frequencies(
@@ -69,14 +94,13 @@ class Geometry:
             config.compress_rope_theta,
             *((yarn.factor, yarn.original_max_position_embeddings, yarn.beta_fast, yarn.beta_slow) if yarn else ()),
         )
-        ratios = sorted(set(config.compress_ratios) - {0})
-        blocks = {ratio: find_blocks(documents, ratio) for ratio in ratios}
         return cls(
             documents,
             rope_table(positions, plain),
             rope_table(positions, scaled),
             blocks,
-            {ratio: rope_table(positions.gather(1, blocks[ratio].start), scaled) for ratio in ratios},
+            {ratio: rope_table(start, scaled) for ratio, start in entries.items()},
+            past,
         )
 
 
@@ -92,11 +116,19 @@ class Compressor(nn.Module):
         self.norm = RMSNorm(dim, config.rms_norm_eps)
         self.ratio, self.overlap = ratio, overlap
 
-    def forward(self, x: Tensor, geometry: Geometry) -> Tensor:
+    def forward(self, x: Tensor, geometry: Geometry, cache: CompressorCache | None = None) -> Tensor:
+        """Entries of ``x [B, T, D]``; with a cache, those of all tokens so far."""
         wide = at_least_fp32(x)  # pooling runs in float32, as in the official code
-        blocks = geometry.blocks[self.ratio]
-        entries = self.norm(compress(self.wkv(wide), self.wgate(wide), self.ape, blocks, self.overlap))
-        return apply_rope(entries, geometry.entry_rope[self.ratio]).to(x.dtype)
+        kv, gate, blocks, again = self.wkv(wide), self.wgate(wide), geometry.blocks[self.ratio], 0
+        if cache is not None:  # the blocks that x completes, in a row that begins with their earlier tokens
+            carried, again = pending(geometry.past, self.ratio, self.overlap)
+            keep, _ = pending(geometry.past + x.shape[1], self.ratio, self.overlap)
+            kv, gate = cache.kv.extend(kv, keep), cache.gate.extend(gate, keep)
+            new = slice(geometry.past // self.ratio - again, None)
+            blocks = blocks._replace(start=blocks.start[:, new] + carried, chained=blocks.chained[:, new])
+        entries = self.norm(compress(kv, gate, self.ape, blocks, self.overlap)[:, again:])
+        entries = apply_rope(entries, geometry.entry_rope[self.ratio]).to(x.dtype)
+        return entries if cache is None else cache.entries.append(entries)
 
 
 class Indexer(nn.Module):
@@ -112,7 +144,9 @@ class Indexer(nn.Module):
         self.weights_proj = Linear(config.hidden_size, self.heads)
         self.compressor = Compressor(config, self.dim, ratio, overlap=True)
 
-    def forward(self, x: Tensor, q_latent: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, q_latent: Tensor, geometry: Geometry, cache: CompressorCache | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries ``[B, T, I, J]``, keys ``[B, N, J]`` and head weights ``[B, T, I]`` of the index scores.
 
         Its inputs, x ``[B, T, D]`` and q_latent ``[B, T, q_lora_rank]``, get no gradient.
@@ -120,7 +154,7 @@ class Indexer(nn.Module):
         x, q_latent = x.detach(), q_latent.detach()
         q = self.wq_b(q_latent).unflatten(-1, (self.heads, self.dim))
         weights = self.weights_proj(x) * (self.dim**-0.5 * self.heads**-0.5)
-        return apply_rope(q, geometry.compressed_rope), self.compressor(x, geometry), weights
+        return apply_rope(q, geometry.compressed_rope), self.compressor(x, geometry, cache), weights
 
 
 class Attention(nn.Module):
@@ -143,21 +177,30 @@ class Attention(nn.Module):
         self.indexer = Indexer(config, self.ratio) if kind == "csa" else None
 
     def forward(
-        self, x: Tensor, geometry: Geometry, task: AttentionTask, route: Route
+        self, x: Tensor, geometry: Geometry, task: AttentionTask, route: Route, cache: LayerCache | None = None
     ) -> tuple[Tensor, Tensor, IndexerReport | None]:
-        """Output ``[B, T, D]``, the sink's share of each softmax ``[B, T, H]`` (detached), and the indexer's report."""
+        """Output ``[B, T, D]``, the sink's share of each softmax ``[B, T, H]`` (detached), and the indexer's report.
+
+        With a cache, ``x`` holds the tokens after those in it (``Geometry.after``), attends to them as well, and joins
+        them.
+        """
         rope = geometry.compressed_rope if self.ratio else geometry.window_rope
         q_latent = self.q_norm(self.wq_a(x))
         q = self.wq_b(q_latent).unflatten(-1, (self.heads, self.dim))
         q = apply_rope(rms_norm(q, eps=self.eps), rope)
         kv = apply_rope(self.kv_norm(self.wkv(x)), rope)
+        if cache is not None:
+            kv = cache.window.extend(kv, self.window - 1)
         entries = blocks = selected = report = None
         index: tuple[Tensor, Tensor, Tensor] | None = None
         if self.compressor is not None:
-            entries, blocks = self.compressor(x, geometry), geometry.blocks[self.ratio]
-        if self.indexer is not None and blocks is not None and (task.mode == "sparse" or task.indexer_loss):
+            entries = self.compressor(x, geometry, cache and cache.entries)
+            blocks = geometry.blocks[self.ratio]
+        # A cache gets the indexer's keys in every mode, so that the mode may change from one token to the next.
+        indexed = task.mode == "sparse" or task.indexer_loss or cache is not None
+        if self.indexer is not None and blocks is not None and indexed:
             with torch.set_grad_enabled(task.indexer_loss):
-                index = self.indexer(x, q_latent, geometry)
+                index = self.indexer(x, q_latent, geometry, cache and cache.index)
             if task.mode == "sparse":
                 selected = route.recall("entries", select_entries, *index, blocks, self.indexer.top_k)
         documents = geometry.documents

@@ -241,6 +241,14 @@ _FIXED = {
 
 
 def _refuse_other_architectures(values: Mapping[str, Any]) -> None:
+    named = f"{values.get('model_type')} {values.get('architectures')}".lower().replace("_", "")
+    if "deepseekv41" in named or "text_config" in values or any("engram" in key for key in values):
+        raise ModelConfigError("this is DeepSeek-V4.1, another architecture under similar names; use DeepSeek-V4")
+    if drafter := [key for key in values if key.startswith("dspark")]:
+        raise ModelConfigError(
+            f"{drafter[0]} tells of DeepSeek-V4-Flash-0731 or another DSpark model, whose mtp.* tensors are a drafter "
+            "and no MTP block; use DeepSeek-V4-Flash, -Pro or their -Base"
+        )
     for key, wanted in _FIXED.items():
         if values.get(key, wanted) != wanted:
             raise ModelConfigError(f"{key}={values[key]!r} is not DeepSeek-V4, which has {key}={wanted!r}")

@@ -1,14 +1,15 @@
-"""Sampling by plain recomputation: every new token runs the model over all tokens before it."""
+"""Sampling: the prompt runs through the model once, then each new token alone, with a cache of what came before."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from .attention import AttentionMode
+from .cache import Cache
 from .transformer import Transformer
 
 
-@torch.no_grad()
 def generate(
     model: Transformer,
     prompt: Sequence[int],
@@ -18,26 +19,52 @@ def generate(
     seed: int = 0,
     stop: Sequence[int] = (),
 ) -> list[int]:
-    """Continues ``prompt``; returns the new token ids, a stop token left out.
+    """Continues ``prompt``; returns the new token ids, a stop token left out. All that ``stream`` yields."""
+    return list(stream(model, prompt, max_new_tokens, temperature, top_p, seed, stop))
+
+
+def stream(
+    model: Transformer,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 0.95,
+    seed: int = 0,
+    stop: Sequence[int] = (),
+    cache: Cache | None = None,
+    attention: AttentionMode = "sparse",
+) -> Iterator[int]:
+    """Yields the tokens that continue ``prompt``, each as soon as it is drawn.
+
+    A text ends, like at a stop token, when it fills the model's ``max_position_embeddings``.
 
     Args:
         temperature: 0 takes the likeliest token.
         top_p: sample among the likeliest tokens that together have this probability.
         seed: of the draws; the same seed gives the same text.
-        stop: token ids that end the text.
+        stop: token ids that end the text; they are not yielded.
+        cache: of one row; the prompt follows the tokens in it. Afterwards it holds all but the last token drawn.
+        attention: what CSA layers attend to, as in ``Transformer.forward``.
+
+    Raises:
+        ValueError: the prompt is empty, or leaves no position for a new token.
     """
     if not prompt:
         raise ValueError("the prompt holds no token; begin with the model's begin token")
-    device = model.embed.weight.device
+    cache = Cache(model.config) if cache is None else cache
+    limit = model.config.max_position_embeddings
+    length = cache.length + len(prompt)
+    if length >= limit:
+        raise ValueError(f"a prompt of {length} tokens fills max_position_embeddings={limit}; shorten it")
     generator = torch.Generator().manual_seed(seed)
     tokens = list(prompt)
-    for _ in range(max_new_tokens):
-        context = torch.tensor([tokens[-model.config.max_position_embeddings :]], device=device)
-        token = sample(model(context)[0, -1].float().cpu(), temperature, top_p, generator)
+    for _ in range(min(max_new_tokens, limit - length)):
+        logits = model.decode(torch.tensor([tokens], device=model.embed.weight.device), cache, attention)
+        token = sample(logits[0, -1].float().cpu(), temperature, top_p, generator)
         if token in stop:
-            break
-        tokens.append(token)
-    return tokens[len(prompt) :]
+            return
+        yield token
+        tokens = [token]
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:

@@ -8,21 +8,37 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.norm import rms_norm
+from ..kernels.quantize import quantized_product
 
 
 class Linear(nn.Linear):
     """``x W^T`` without bias, in the dtype of ``x``; weight ``[out, in]``.
 
-    ``lora``, where ``model.lora.add_lora`` puts one, adds a low-rank product of the same input.
+    A frozen weight may be held as it was released: ``weight`` then has FP8 codes and ``scale`` their scales. ``lora``,
+    where ``model.lora.add_lora`` puts one, adds a low-rank product of the same input.
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
+        self.scale: Tensor | None
+        self.register_buffer("scale", None)
         self.lora: nn.Module | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.linear(x, self.weight.to(x.dtype))
+        out = self.product(x)
         return out if self.lora is None else out + self.lora(x)
+
+    def product(self, x: Tensor) -> Tensor:
+        """The product with the weight alone."""
+        if self.scale is None:
+            return F.linear(x, self.weight.to(x.dtype))
+        return quantized_product(x.unsqueeze(-2), self.weight, self.scale).squeeze(-2)
+
+    def hold_quantized(self, codes: Tensor, scale: Tensor) -> None:
+        """Replaces the parameter by buffers: codes and scales as in ``kernels.quantize``."""
+        del self.weight
+        self.register_buffer("weight", codes)
+        self.scale = scale
 
     def reset_parameters(self) -> None:
         """Left to ``init_weights``, which knows the distribution."""
@@ -35,9 +51,10 @@ class GroupedLinear(Linear):
         super().__init__(in_features, out_features)
         self.groups = groups
 
-    def forward(self, x: Tensor) -> Tensor:
-        out = torch.einsum("btgi,gri->btgr", x, self.weight.to(x.dtype).unflatten(0, (self.groups, -1)))
-        return out if self.lora is None else out + self.lora(x)
+    def product(self, x: Tensor) -> Tensor:
+        if self.scale is None:
+            return torch.einsum("btgi,gri->btgr", x, self.weight.to(x.dtype).unflatten(0, (self.groups, -1)))
+        return quantized_product(x, self.weight, self.scale, self.groups)
 
 
 class RMSNorm(nn.Module):

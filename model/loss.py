@@ -3,6 +3,7 @@
 Shapes: B batch, T tokens, V vocabulary, E experts.
 """
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -19,14 +20,21 @@ from .transformer import BlockReport, Transformer
 class Counts:
     """What the loss sums of a batch are divided by, 0-dim int64 tensors."""
 
-    main: Tensor  # tokens with a next token in their document
-    mtp: Tensor  # tokens with a next but one
+    main: Tensor  # tokens whose next token is in their document and trained on
+    mtp: Tensor  # the same of the next but one
     valid: Tensor  # tokens that are not padding
 
     @classmethod
-    def of(cls, segments: Iterable[Tensor]) -> "Counts":
-        """Over all ``[B, T]`` micro-batches of a step."""
-        counts = [[(shifted_targets(s, s, n) != IGNORED).sum() for n in (1, 2)] + [(s >= 0).sum()] for s in segments]
+    def of(cls, segments: Iterable[Tensor], trained: Iterable[Tensor | None] | None = None) -> "Counts":
+        """Over all micro-batches of a step: ``segments [B, T]`` and ``trained [B, T]`` of each, None for all tokens."""
+        pairs = (
+            zip(segments, itertools.repeat(None), strict=False)
+            if trained is None
+            else zip(segments, trained, strict=True)
+        )
+        counts = [
+            [(shifted_targets(s, s, n, mask) != IGNORED).sum() for n in (1, 2)] + [(s >= 0).sum()] for s, mask in pairs
+        ]
         return cls(*(torch.stack(column).sum() for column in zip(*counts, strict=True)))
 
 
@@ -49,13 +57,16 @@ class Losses:
         return main + mtp_weight * mtp + per_token / counts.valid.clamp(min=1)
 
 
-def shifted_targets(tokens: Tensor, segments: Tensor, distance: int) -> Tensor:
-    """``[B, T]`` token at t + distance where it lies in the same document, else ``IGNORED``."""
+def shifted_targets(tokens: Tensor, segments: Tensor, distance: int, trained: Tensor | None = None) -> Tensor:
+    """``[B, T]`` token at t + distance where it lies in the same document and ``trained [B, T]`` (None: all) counts it,
+    else ``IGNORED``."""
     targets = torch.full_like(tokens, IGNORED, dtype=torch.long)
     if distance < tokens.shape[1]:
         # Documents are contiguous, so equal ids at the ends of the step and no change between mean one document.
         same = segments[:, 1:] == segments[:, :-1]
         within = same.unfold(1, distance, 1).all(-1) & (segments[:, :-distance] >= 0)
+        if trained is not None:
+            within &= trained[:, distance:]
         targets[:, :-distance] = torch.where(within, tokens[:, distance:], IGNORED)
     return targets
 
@@ -68,8 +79,12 @@ def training_losses(
     mtp: bool = True,
     indexer: bool = False,
     statistics: bool = False,
+    trained: Tensor | None = None,
 ) -> Losses:
     """Runs the model on ``tokens [B, T]`` packed as ``segments [B, T]`` says, and sums its losses.
+
+    ``trained [B, T]`` bool are the tokens whose prediction counts (None: all): a chat's replies, not its prompts. The
+    losses of router and indexer are over all tokens: prompts pass through both.
 
     ``indexer`` computes the indexers' loss as well. In the mode "indexer_warmup" it is the only one with a gradient:
     everything else is frozen, and what it costs to remember for a backward pass is saved (recipe 2.5).
@@ -78,12 +93,12 @@ def training_losses(
     task = AttentionTask(attention, indexer or warmup, statistics)
     with torch.set_grad_enabled(torch.is_grad_enabled() and not warmup):
         output = model.run(tokens, segments, task=task, mtp=mtp and not warmup)
-        targets = shifted_targets(tokens, segments, 1)
+        targets = shifted_targets(tokens, segments, 1, trained)
         main = linear_cross_entropy(model.hidden(output.streams), model.head.weight, targets)
         mtp_sum = main.new_zeros(())
         if output.mtp_streams is not None:
             hidden = model.hidden(output.mtp_streams, model.mtp[0])
-            mtp_sum = linear_cross_entropy(hidden, model.head.weight, shifted_targets(tokens, segments, 2))
+            mtp_sum = linear_cross_entropy(hidden, model.head.weight, shifted_targets(tokens, segments, 2, trained))
     routing = {name: report.routing for name, report in output.reports.items()}
     indexers = [report.indexer for report in output.reports.values() if report.indexer is not None]
     zero = main.new_zeros(())
@@ -99,11 +114,11 @@ def training_losses(
 
 
 def token_losses(
-    model: Transformer, tokens: Tensor, segments: Tensor, attention: AttentionMode
+    model: Transformer, tokens: Tensor, segments: Tensor, attention: AttentionMode, trained: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """For evaluation: each token's next-token cross-entropy in nats ``[B, T]``, and the targets ``[B, T]``."""
     output = model.run(tokens, segments, task=AttentionTask(attention), mtp=False)
-    targets = shifted_targets(tokens, segments, 1)
+    targets = shifted_targets(tokens, segments, 1, trained)
     return token_cross_entropy(model.hidden(output.streams), model.head.weight, targets), targets
 
 

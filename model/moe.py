@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.moe import clamp_hits, clamped_swiglu, expert_weights, routed_experts, router_scores, top_experts
+from ..kernels.quantize import Quantized
 from .config import ModelConfig
 from .layers import Linear
 from .recompute import Route
@@ -48,7 +49,11 @@ class Gate(nn.Module):
 
 
 class Experts(nn.Module):
-    """The weights of all routed experts, stacked: w1 (gate), w3 (up) ``[E, F, D]``, w2 (down) ``[E, D, F]``."""
+    """The weights of all routed experts, stacked: w1 (gate), w3 (up) ``[E, F, D]``, w2 (down) ``[E, D, F]``.
+
+    Frozen, they may be held as they were released: FP4 or FP8 codes, with their scales in ``w1_scale`` and so on.
+    ``lora``, where ``model.lora.add_lora`` puts one, holds their adapters.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -56,10 +61,25 @@ class Experts(nn.Module):
         self.w1 = nn.Parameter(torch.empty(experts, inner, hidden))
         self.w2 = nn.Parameter(torch.empty(experts, hidden, inner))
         self.w3 = nn.Parameter(torch.empty(experts, inner, hidden))
+        for name in ("w1", "w2", "w3"):
+            self.register_buffer(f"{name}_scale", None)
+        self.lora: nn.Module | None = None
         self.limit = config.swiglu_limit
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        return routed_experts(x, ids, weights, self.w1, self.w3, self.w2, self.limit)
+        adapters = None if self.lora is None else self.lora()
+        w1, w3, w2 = (self._matrices(name) for name in ("w1", "w3", "w2"))
+        return routed_experts(x, ids, weights, w1, w3, w2, self.limit, adapters)
+
+    def hold_quantized(self, name: str, codes: Tensor, scale: Tensor) -> None:
+        """Replaces the parameter ``name`` by buffers: stacked codes and scales as in ``kernels.quantize``."""
+        delattr(self, name)
+        self.register_buffer(name, codes)
+        setattr(self, f"{name}_scale", scale)
+
+    def _matrices(self, name: str) -> Tensor | Quantized:
+        matrices, scale = getattr(self, name), getattr(self, f"{name}_scale")
+        return matrices if scale is None else Quantized(matrices, scale)
 
 
 class SharedExpert(nn.Module):

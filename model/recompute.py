@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 Recompute = Literal["none", "selective", "full"]
@@ -49,8 +50,14 @@ def recomputed(mode: Recompute, function: Callable[..., T], *arguments: Any) -> 
     if mode == "none" or not torch.is_grad_enabled():
         return function(*arguments, route)
     context = partial(create_selective_checkpoint_contexts, KEPT) if mode == "selective" else noop_context_fn
-    # Nothing in a block is random, so there is no generator state to keep.
+    keep_rng = _is_random(function)  # a replay must drop the same elements
     result: T = checkpoint(
-        function, *arguments, route, use_reentrant=False, preserve_rng_state=False, context_fn=context
+        function, *arguments, route, use_reentrant=False, preserve_rng_state=keep_rng, context_fn=context
     )
     return result
+
+
+def _is_random(function: Callable[..., Any]) -> bool:
+    """Whether a block draws random numbers, which only the dropout of adapters does."""
+    modules = function.modules() if isinstance(function, nn.Module) else ()
+    return any(isinstance(module, nn.Dropout) and module.training and module.p > 0 for module in modules)

@@ -1,49 +1,113 @@
 """Published tensor names and formats, both ways: a folder of safetensors under the released names, and a model.
 
 Our parameter names are the released ones (recipe 8.3) but for the routed experts, which are one stacked parameter here
-and one tensor per expert there. Nothing is ever unpickled.
+and one tensor per expert there. The formats:
+
+    fp4+fp8   as the instruct models: routed experts FP4, other large matrices FP8, scales E8M0
+    fp8       as the Base models: routed experts FP8 as well, scales float32
+    bf16      nothing quantised;  fp32 the same in float32
+
+In each of them what is released as float32 (mHC, sinks, position and selection biases) is float32.
 """
 
+import hashlib
 import json
-import os
+import re
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from ..kernels.quantize import block_of, dequantize, quantize_fp4, quantize_fp8, scale_shape
 from .config import ModelConfig
+from .layers import Linear
+from .moe import Experts
+from .tensor_files import (
+    DTYPES,
+    INDEX,
+    Entry,
+    TensorFolder,
+    WeightsError,
+    new_folder,
+    weight_files,
+    write_json,
+    write_tensors,
+)
 from .transformer import Transformer
 
-FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-INDEX = "model.safetensors.index.json"
+Format = Literal["fp32", "bf16", "fp8", "fp4+fp8"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+Progress = Callable[[int, int], None]  # bytes read or written so far, and in all
 
-# What can be read, in safetensors' names.
 _FLOATS, _INTEGERS = ("F32", "BF16", "F16"), ("I64", "I32")
 
 # Kept in float32 in every format, as in the released files.
 _ALWAYS_FP32 = ("_fn", "_base", "_scale", "attn_sink", ".ape", "gate.bias")
 
+_QUANTIZED = re.compile(
+    r"(\.attn\.(wq_a|wq_b|wkv|wo_a|wo_b|indexer\.wq_b)|\.(e_proj|h_proj)|\.ffn\.(experts\.\d+|shared_experts)\.w[123])\.weight"
+)
+_EXPERT = re.compile(r"\.ffn\.experts\.\d+\.w[123]\.weight$")
 
-class WeightsError(ValueError):
-    """Weights that cannot be read or written; the message names the file or tensors and the way out."""
+# Copies of the embedding and the head that the MTP block shares with the main model; some releases store them.
+_COPY = re.compile(r"mtp\.\d+\.(?:\w*emb\w*(?:\.\w+)*|(?:\w+\.)?head)\.weight")
+
+# Places in each file that a fingerprint looks at.
+_SAMPLES = 64
+
+# Files beside the weights that serving and tokenising need.
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "encoding_dsv4.py",
+    "encoding/encoding_dsv4.py",
+    "LICENSE",
+)
+
+
+class Weight(NamedTuple):
+    """A tensor to be written: its shape and dtype in the model, its values, and the scale it was released with."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+    scale: Callable[[], Tensor | None]
+
+
+# What ``write_release`` tells about each tensor: its name, its values, and what is written in their place.
+Observer = Callable[[str, Tensor, Mapping[str, Tensor]], None]
 
 
 def released_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
-    """Released name and tensor of everything in the model, experts one by one (as views), buffers included."""
+    """Released name and tensor of everything in the model, experts one by one (as views), buffers included.
+
+    Adapters are not part of a release. Of a model whose base is held quantised, codes and scales as they are.
+    """
     for name, tensor in model.state_dict().items():
         prefix, stacked, matrix = name.rpartition(".experts.")
+        if ".lora." in name:
+            continue
         if stacked:
+            matrix, scale, _ = matrix.partition("_scale")
             for expert, weight in enumerate(tensor):
-                yield f"{prefix}.experts.{expert}.{matrix}.weight", weight
+                yield f"{prefix}.experts.{expert}.{matrix}.{'scale' if scale else 'weight'}", weight
         else:
             yield name, tensor
+
+
+def scale_name(name: str) -> str:
+    """The released name of the scale that goes with a weight."""
+    return name.removesuffix("weight") + "scale"
+
+
+# Writing.
 
 
 def save_pretrained(
@@ -55,46 +119,116 @@ def save_pretrained(
 ) -> None:
     """Writes the model under the released names, with ``config.json``, and the tokenizer's files beside it.
 
+    A model that was loaded from a quantised release remembers its scales: blocks that did not change since get the same
+    bits again, in the layout they came from.
+
     Args:
         folder: must not exist, or be empty; it appears whole or not at all.
-        format: "fp32" or "bf16" (mHC, sink, position and selection biases stay float32, as released).
+        format: "fp32", "bf16", "fp8" or "fp4+fp8", as in the head of this file.
         tokenizer: a ``tokenizer.json``, or None for weights alone.
         max_shard_bytes: size beyond which the weights are split over several files.
 
     Raises:
-        WeightsError: unknown format, folder in use, or the disk refused.
+        WeightsError: unknown format, weights that it cannot hold, folder in use, or the disk refused.
     """
     folder = Path(folder)
     if format not in FORMATS:
         raise WeightsError(f"format={format!r}: choose from {', '.join(FORMATS)}")
     with new_folder(folder) as temporary:
-        write_weights(model, temporary, FORMATS[format], max_shard_bytes)
+        write_weights(model, temporary, format, max_shard_bytes)
         if tokenizer is not None:
             copy_tokenizer(Path(tokenizer), temporary, model.config)
 
 
-def write_weights(model: Transformer, folder: Path, dtype: torch.dtype, max_shard_bytes: int) -> None:
+def write_weights(model: Transformer, folder: Path, format: Format, max_shard_bytes: int) -> None:
     """``config.json`` and the safetensors files of a model, into an existing folder."""
-    tensors = {name: (tensor, _stored_dtype(name, tensor, dtype)) for name, tensor in released_tensors(model)}
-    shards: list[list[str]] = [[]]
-    room = max_shard_bytes
-    for name, (tensor, stored) in tensors.items():
-        size = tensor.numel() * stored.itemsize
-        if size > room and shards[-1]:
-            shards.append([])
-            room = max_shard_bytes
-        shards[-1].append(name)
-        room -= size
-    count = len(shards)
-    files = [f"model-{i + 1:05}-of-{count:05}.safetensors" if count > 1 else "model.safetensors" for i in range(count)]
-    for file, names in zip(files, shards, strict=True):
-        write_tensors(folder / file, {name: tensors[name][0].detach().to(tensors[name][1]) for name in names})
-    if count > 1:
-        total = sum(tensor.numel() * stored.itemsize for tensor, stored in tensors.values())
-        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+    write_release(folder, model_weights(model), model.config, format, max_shard_bytes, model.origin.copies)
+
+
+def model_weights(model: Transformer) -> dict[str, Weight]:
+    """The weights of a model as ``write_release`` takes them."""
+    tensors = dict(released_tensors(model))
+
+    def weight(name: str, tensor: Tensor) -> Weight:
+        tensor = tensor.detach()
+        scale = tensors.get(scale_name(name), model.origin.scales.get(name))
+        if not _is_quantized(tensor):
+            return Weight(tuple(tensor.shape), tensor.dtype, lambda: tensor, lambda: scale)
+        assert scale is not None
+        return Weight(
+            _dense_shape(tensor.shape, tensor.dtype),
+            torch.bfloat16,
+            lambda: dequantize(tensor, scale, torch.float32),
+            lambda: scale,
+        )
+
+    return {name: weight(name, tensor) for name, tensor in tensors.items() if not name.endswith(".scale")}
+
+
+def write_release(
+    folder: Path,
+    weights: Mapping[str, Weight],
+    config: ModelConfig,
+    format: Format,
+    max_shard_bytes: int,
+    copies: Mapping[str, str] | None = None,
+    observe: Observer | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """``config.json`` and safetensors files into an existing folder, one file's tensors in memory at a time.
+
+    Args:
+        weights: by released name.
+        copies: further names, and the weight that each repeats.
+        observe: is shown every tensor and what is stored of it.
+
+    Raises:
+        WeightsError: values that are not finite, or a matrix that FP4 cannot pack. OSError: the disk refused.
+    """
+    named = {**{name: name for name in weights}, **(copies or {})}
+    sizes = {name: _stored_bytes(source, weights[source], format) for name, source in named.items()}
+    total, done = sum(sizes.values()), 0
+    shards = _shards(sizes, max_shard_bytes)
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        stored: dict[str, Tensor] = {}
+        for name in names:
+            source = named[name]
+            value = weights[source].read()
+            encoded = encode(source, value, format, weights[source].scale())
+            if name != source:
+                encoded = {name: encoded[source].clone()}  # safetensors stores no tensor twice
+            elif observe is not None:
+                observe(name, value, encoded)
+            stored |= encoded
+            done += sizes[name]
+            if progress is not None:
+                progress(done, total)
+        write_tensors(folder / file, stored)
+        weight_map |= dict.fromkeys(stored, file)
+    if len(shards) > 1:
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    config = model.config.to_json() | {"torch_dtype": str(dtype).removeprefix("torch.")}
-    write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config.to_json() | _format_keys(format))
+
+
+def encode(name: str, value: Tensor, format: Format, scale: Tensor | None = None) -> dict[str, Tensor]:
+    """What is stored of a tensor: itself in the format's dtype, or codes and their scale.
+
+    Args:
+        name: released, decides what the format does with it; scale: of an earlier quantisation (``quantize_fp8``).
+    """
+    kind = _kind(name, value.dtype, format)
+    if isinstance(kind, torch.dtype):
+        return {name: value.to(kind)}
+    if not torch.isfinite(value).all():
+        raise WeightsError(f"{name}: holds values that are not finite; {format} cannot store them")
+    fits = scale is not None and tuple(scale.shape) == _scale_shape(value.shape, kind)
+    try:
+        codes, new_scale = (quantize_fp4 if kind == "fp4" else quantize_fp8)(value, scale if fits else None)
+    except ValueError as error:
+        raise WeightsError(f"{name}: {error}; choose format=fp8") from None
+    return {name: codes, scale_name(name): new_scale if format == "fp4+fp8" else new_scale.float()}
 
 
 def copy_tokenizer(tokenizer: Path, folder: Path, config: ModelConfig) -> None:
@@ -114,147 +248,406 @@ def copy_tokenizer(tokenizer: Path, folder: Path, config: ModelConfig) -> None:
     )
 
 
+def copy_companions(source: Path, folder: Path) -> None:
+    """The ``COMPANIONS`` that a release has, into another folder."""
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / name, folder / name)
+
+
+# Reading.
+
+
+class Release:
+    """A folder of weights: its config, and its tensors by released name, dequantised one at a time.
+
+    Raises:
+        WeightsError: damaged or foreign files, tensors that do not fit ``config.json`` (all listed).
+        ModelConfigError: not a DeepSeek-V4 config.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.config = ModelConfig.from_json(self.folder)
+        self.tensors = TensorFolder(self.folder, _from_transformers)
+        self.entries = self.tensors.entries
+        _refuse_foreign(self.folder, self.entries)
+        foreign = any(entry.key.startswith("model.") for entry in self.entries.values())
+        if foreign and not any(name.startswith("mtp.") for name in self.entries):
+            self.config = without_mtp(self.config)  # transformers has no MTP block, but leaves its number in the config
+        # Copies of shared matrices, and what each repeats.
+        self.copies = {
+            name: "head.weight" if name.endswith("head.weight") else "embed.weight"
+            for name in self.entries
+            if _COPY.fullmatch(name)
+        }
+
+    def is_quantized(self, name: str) -> bool:
+        return self.entries[name].dtype in ("I8", "F8_E4M3")
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of the dequantised tensor."""
+        entry = self.entries[name]
+        return (*entry.shape[:-1], 2 * entry.shape[-1]) if entry.dtype == "I8" else entry.shape
+
+    def scale(self, name: str) -> Tensor | None:
+        """The scale of a quantised weight, a copy; None for others.
+
+        Raises:
+            WeightsError: it holds something that is no power of two.
+        """
+        if not self.is_quantized(name):
+            return None
+        scale = self.tensors.read(scale_name(name)).clone()
+        if scale.dtype == torch.float8_e8m0fnu:
+            good = bool((scale.view(torch.uint8) != 255).all())
+        else:
+            mantissa, exponent = torch.frexp(scale.float())
+            good = bool(((mantissa == 0.5) & (exponent >= -126) & (exponent <= 128)).all())
+        if not good:
+            raise WeightsError(
+                f"{self.entries[scale_name(name)].file}: {scale_name(name)} holds numbers that are no powers of two, "
+                "as the scales of DeepSeek-V4 are; copy the file again"
+            )
+        return scale
+
+    def read(
+        self, name: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> tuple[Tensor, Tensor | None]:
+        """A tensor and the scale it is stored with: dequantised to ``dtype``, or, without a scale, as it is.
+
+        Raises:
+            WeightsError: NaN codes, or values beyond the range of ``dtype``.
+        """
+        scale = self.scale(name)
+        codes = self.tensors.read(name).to(device)
+        if scale is None:
+            return codes, None
+        if codes.dtype == torch.float8_e4m3fn and ((codes.view(torch.uint8) & 0x7F) == 0x7F).any():
+            raise WeightsError(f"{self.entries[name].file}: {name} holds NaN; copy the file again")
+        weight = dequantize(codes, scale.to(device), dtype)
+        exponent = torch.frexp(scale.float()).exponent
+        # Beyond these some codes leave bfloat16's range.
+        extreme = bool(((exponent > 120) | (exponent < -123)).any())
+        if extreme and not torch.equal(weight.double(), dequantize(codes, scale.to(device), torch.float64)):
+            raise WeightsError(f"{self.entries[name].file}: {name} has values beyond the range of {dtype}")
+        return weight, scale
+
+    @property
+    def format(self) -> Format:
+        """The format that the tensors are in."""
+        kinds = {entry.dtype for entry in self.entries.values()}
+        if "I8" in kinds or "F8_E4M3" in kinds:
+            return "fp4+fp8" if "I8" in kinds else "fp8"
+        return "fp32" if self.entries.get("embed.weight", Entry(self.folder, "", (), "")).dtype == "F32" else "bf16"
+
+    def check(self, wanted: Mapping[str, Tensor]) -> None:
+        """Compares names, shapes and types, from the headers alone, with the tensors of a model.
+
+        Raises:
+            WeightsError: what is missing, unexpected or misshapen, all of it.
+        """
+        problems = self.problems(wanted)
+        if any(problems.values()):
+            listed = "; ".join(f"{len(names)} {kind}: {_shorten(names)}" for kind, names in problems.items() if names)
+            raise WeightsError(f"{self.folder}: these weights do not fit its config.json ({listed})")
+
+    def problems(self, wanted: Mapping[str, Tensor]) -> dict[str, list[str]]:
+        """What ``check`` would raise: names that are missing or unexpected, and what is misshapen."""
+        expected = set(wanted) | set(self.copies)
+        missing: list[str] = []
+        misshapen: list[str] = []
+        for name, tensor in wanted.items():
+            if name.endswith(".scale"):  # of a model that keeps the codes; it was built from these headers
+                continue
+            if name not in self.entries:
+                missing.append(name)
+                continue
+            entry, shape = self.entries[name], tuple(tensor.shape)
+            if _is_quantized(tensor):
+                shape = _dense_shape(shape, tensor.dtype)
+            if self.is_quantized(name) and _may_be_quantized(name, entry.dtype):
+                expected.add(scale_name(name))
+                problem = self._scale_problem(name)
+                if problem:
+                    (missing if problem == scale_name(name) else misshapen).append(problem)
+            elif entry.dtype not in (_INTEGERS if tensor.dtype in (torch.int64, torch.int32) else _FLOATS):
+                misshapen.append(f"{name} is of type {entry.dtype}")
+                continue
+            if self.shape(name) != shape:
+                misshapen.append(f"{name} is {self.shape(name)}, not {shape}")
+        dropped = ("mtp.",) if self.config.num_nextn_predict_layers and not _has_mtp(wanted) else ()
+        unexpected = [name for name in self.entries if name not in expected and not name.startswith(dropped or " ")]
+        return {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
+
+    def _scale_problem(self, name: str) -> str | None:
+        scale = self.entries.get(scale_name(name))
+        if scale is None:
+            return scale_name(name)
+        wanted = _scale_shape(self.shape(name), "fp4" if self.entries[name].dtype == "I8" else "fp8")
+        if scale.dtype not in ("F8_E8M0", "F32"):
+            return f"{scale_name(name)} is of type {scale.dtype}, not F8_E8M0 or F32"
+        return None if scale.shape == wanted else f"{scale_name(name)} is {scale.shape}, not {wanted}"
+
+    def weights(self, scales: "Release | None" = None) -> dict[str, Weight]:
+        """All tensors, as ``write_release`` takes them; ``scales``: another release, whose scales to keep."""
+        kept = scales or self
+
+        def scale(name: str) -> Tensor | None:
+            return kept.scale(name) if name in kept.entries else None
+
+        def weight(name: str) -> Weight:
+            dtype = torch.bfloat16 if self.is_quantized(name) else DTYPES[self.entries[name].dtype]
+            return Weight(self.shape(name), dtype, lambda: self.read(name)[0].clone(), lambda: scale(name))
+
+        names = (name for name in self.entries if not name.endswith(".scale") and name not in self.copies)
+        return {name: weight(name) for name in names}
+
+    def check_copies(self) -> None:
+        """Raises WeightsError where a stored copy of embedding or head differs from it."""
+        for name, source in self.copies.items():
+            copy = self.tensors.read(name).clone()
+            if not torch.equal(copy, self.tensors.read(source)):
+                raise WeightsError(
+                    f"{self.entries[name].file}: {name} differs from {source}, which DeepSeek-V4's MTP block shares"
+                )
+
+
 def load_pretrained(
-    folder: str | Path, dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu"
+    folder: str | Path,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str | torch.device = "cpu",
+    mtp: bool = True,
+    keep_quantized: bool = False,
+    owned: Callable[[str], bool] | None = None,
+    progress: Progress | None = None,
 ) -> Transformer:
-    """Builds the model that ``folder`` describes and fills it, strictly.
+    """Builds the model that ``folder`` describes and fills it, strictly, one tensor in memory at a time.
 
     Args:
-        folder: ``config.json`` and safetensors under the released names (float tensors of 16 or 32 bits).
-        dtype: of the parameters; those that are released as float32 stay float32.
+        folder: ``config.json`` and safetensors under the released names, in any of the formats above, or as
+            transformers writes them.
+        dtype: of the parameters; those that are released as float32 stay float32. float32 and bfloat16 hold every
+            quantised value exactly.
+        mtp: False leaves the MTP block out, and its tensors unread.
+        keep_quantized: matrices that are stored as FP8 or FP4 stay so in memory; they are dequantised while they are
+            used, and cannot be trained.
+        owned: tells by released name which tensors to read; parameters of which none is owned stay on the meta device.
+        progress: is called with the bytes read and those to read.
 
     Raises:
         WeightsError: missing, unexpected or misshapen tensors (all listed), damaged files, index entries that leave
-            the folder. ModelConfigError: not a DeepSeek-V4 config.
+            the folder, files of other models. ModelConfigError: not a DeepSeek-V4 config.
     """
-    folder = Path(folder)
-    config = ModelConfig.from_json(folder)
+    release = Release(folder)
     with torch.device("meta"):
-        model = Transformer(config)
-    check_weights(model, folder)  # before a wrong config.json makes us ask for its memory
+        model = Transformer(release.config if mtp else without_mtp(release.config))
+    release.check(dict(released_tensors(model)))  # before a wrong config.json makes us ask for its memory
+    if keep_quantized:
+        _keep_quantized(model, release)
     for name, tensor in model.state_dict().items():
-        _assign(model, name, torch.empty_like(tensor, dtype=_stored_dtype(name, tensor, dtype), device=device))
-    fill_weights(model, folder)
+        if owned is None or any(owned(part) for part in _parts(name, tensor)):
+            stored = tensor.dtype if _is_quantized(tensor) else _stored_dtype(name, tensor.dtype, dtype)
+            _assign(model, name, torch.empty_like(tensor, dtype=stored, device=device))
+    _fill(model, release, owned, progress)
     return model
 
 
 def fill_weights(model: Transformer, folder: Path) -> None:
     """Copies the tensors of ``folder`` into ``model``, whose dtypes and device stay; strict, as ``load_pretrained``."""
-    files = check_weights(model, folder)
-    wanted = dict(released_tensors(model))
+    release = Release(folder)
+    release.check(dict(released_tensors(model)))
+    _fill(model, release, None, None)
+
+
+def check_weights(model: Transformer, folder: Path) -> None:
+    """Compares the names, shapes and types in the headers of ``folder`` with those of ``model``."""
+    Release(folder).check(dict(released_tensors(model)))
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """SHA-256 of a folder's headers and of samples of its data: tells other weights without reading all of them."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in weight_files(folder):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as stream:
+            head = int.from_bytes(stream.read(8), "little")
+            digest.update(stream.read(head))
+            for sample in range(_SAMPLES):
+                stream.seek(8 + head + (size - 8 - head) * sample // _SAMPLES)
+                digest.update(stream.read(4096))
+    return digest.hexdigest()
+
+
+def pretrained_config(folder: Path) -> ModelConfig:
+    """The architecture of a folder of weights; raises as ``load_pretrained`` does, and reads headers only."""
+    return Release(folder).config
+
+
+def without_mtp(config: ModelConfig) -> ModelConfig:
+    """The same model without its MTP block."""
+    main = config.num_hidden_layers
+    ratios, types = config.compress_ratios[:main], config.layer_types[:main]
+    return replace(config, num_nextn_predict_layers=0, compress_ratios=ratios, layer_types=types)
+
+
+def _fill(model: Transformer, release: Release, owned: Callable[[str], bool] | None, progress: Progress | None) -> None:
+    if _has_mtp(dict(released_tensors(model))):
+        release.check_copies()
+        model.origin.copies = dict(release.copies)
+    wanted = {name: tensor for name, tensor in released_tensors(model) if owned is None or owned(name)}
+    total, done = sum(release.entries[name].bytes for name in wanted), 0
     with torch.no_grad():
-        for file in files:
-            with open_tensors(file) as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                    wanted[name].copy_(tensors.get_tensor(name))
+        for name in [name for name in release.entries if name in wanted]:  # as they lie in the files
+            target = wanted[name]
+            if _is_quantized(target) or name.endswith(".scale"):
+                target.copy_(release.tensors.read(name))
+            else:
+                weight, scale = release.read(name, target.dtype, target.device)
+                target.copy_(weight)
+                if scale is not None:
+                    model.origin.scales[name] = scale
+            done += release.entries[name].bytes
+            if progress is not None:
+                progress(done, total)
+    release.tensors.close()
 
 
-def check_weights(model: Transformer, folder: Path) -> list[Path]:
-    """The files of ``folder``, after comparing the names and shapes in their headers with those of ``model``."""
-    wanted = dict(released_tensors(model))
-    files = weight_files(folder)
-    found: dict[str, Path] = {}
-    misshapen = []
-    for file in files:
-        with open_tensors(file) as tensors:
-            for name in tensors.keys():  # noqa: SIM118
-                found[name] = file
-                stored = tensors.get_slice(name)
-                shape, dtype = tuple(stored.get_shape()), stored.get_dtype()
-                if name in wanted and shape != tuple(wanted[name].shape):
-                    misshapen.append(f"{name} is {shape}, not {tuple(wanted[name].shape)}")
-                elif name in wanted and dtype not in (_FLOATS if wanted[name].dtype.is_floating_point else _INTEGERS):
-                    misshapen.append(f"{name} is of type {dtype}")
-    problems = {
-        "missing": [name for name in wanted if name not in found],
-        "unexpected": [name for name in found if name not in wanted],
-        "misshapen": misshapen,
+def _keep_quantized(model: Transformer, release: Release) -> None:
+    """Turns the parameters that are stored quantised into buffers of codes and scales."""
+
+    def like(name: str) -> Tensor:
+        entry = release.entries[name]
+        return torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")
+
+    for name, module in model.named_modules():
+        if isinstance(module, Linear) and release.is_quantized(f"{name}.weight"):
+            module.hold_quantized(like(f"{name}.weight"), like(f"{name}.scale"))
+        elif isinstance(module, Experts):
+            for matrix in ("w1", "w2", "w3"):
+                if release.is_quantized(f"{name}.0.{matrix}.weight"):
+                    pair = (like(f"{name}.0.{matrix}.{part}") for part in ("weight", "scale"))
+                    module.hold_quantized(matrix, *(t.expand(len(module.w1), *t.shape) for t in pair))
+
+
+def _parts(name: str, tensor: Tensor) -> list[str]:
+    prefix, stacked, matrix = name.removesuffix("_scale").rpartition(".experts.")
+    return [f"{prefix}.experts.{e}.{matrix}.weight" for e in range(len(tensor))] if stacked else [name]
+
+
+def _refuse_foreign(folder: Path, entries: Mapping[str, Any]) -> None:
+    """Names the relatives of DeepSeek-V4 whose files look like its own (recipe, head; 8.3)."""
+    drafter = [name for name in entries if "markov" in name or re.match(r"mtp\.[1-9]", name)]
+    if drafter:
+        raise WeightsError(
+            f"{folder}: these are files of DeepSeek-V4-Flash-0731 or another DSpark model ({drafter[0]}): what they "
+            "store as mtp.* is a DSpark drafter, not an MTP block; use DeepSeek-V4-Flash, -Pro or their -Base"
+        )
+    if any("engram" in name for name in entries):
+        raise WeightsError(f"{folder}: these are files of DeepSeek-V4.1, another architecture; use DeepSeek-V4")
+    internal = [name for name in entries if ".self_attn." in name or ".mlp." in name]
+    if internal:
+        raise WeightsError(
+            f"{folder}: {internal[0]} is a name that transformers uses inside; save the model again with its "
+            "save_pretrained(save_original_format=True), the default"
+        )
+    experts = {name: entry for name, entry in entries.items() if _EXPERT.search(name)}
+    kinds = Counter(entry.dtype for entry in experts.values()).most_common()
+    if len(kinds) > 1:
+        name, odd = next((name, entry) for name, entry in experts.items() if entry.dtype == kinds[-1][0])
+        raise WeightsError(
+            f"{odd.file}: {name} is of type {odd.dtype}, other experts of type {kinds[0][0]}; a release has them "
+            "all in one, so files are mixed: copy the folder again"
+        )
+
+
+_TRANSFORMERS = {
+    "model.embed_tokens.weight": "embed.weight",
+    "lm_head.weight": "head.weight",
+    "model.hc_head.hc_fn": "hc_head_fn",
+    "model.hc_head.hc_base": "hc_head_base",
+    "model.hc_head.hc_scale": "hc_head_scale",
+}
+
+
+def _from_transformers(name: str) -> str:
+    """The released name of what transformers 5.23 writes: a prefix more, and one norm under another name."""
+    if name in _TRANSFORMERS:
+        return _TRANSFORMERS[name]
+    if not name.startswith("model."):
+        return name
+    return re.sub(r"\.attn\.norm\.weight$", ".attn.kv_norm.weight", name.removeprefix("model."))
+
+
+def _kind(name: str, dtype: torch.dtype, format: Format) -> torch.dtype | Literal["fp8", "fp4"]:
+    """How a format stores a tensor."""
+    if not dtype.is_floating_point or format in ("fp32", "bf16") or not _QUANTIZED.search(name):
+        return _stored_dtype(name, dtype, torch.float32 if format == "fp32" else torch.bfloat16)
+    return "fp4" if format == "fp4+fp8" and _EXPERT.search(name) else "fp8"
+
+
+def _stored_bytes(name: str, weight: Weight, format: Format) -> int:
+    kind = _kind(name, weight.dtype, format)
+    elements = torch.Size(weight.shape).numel()
+    if isinstance(kind, torch.dtype):
+        return elements * kind.itemsize
+    scales = torch.Size(_scale_shape(weight.shape, kind)).numel() * (1 if format == "fp4+fp8" else 4)
+    return scales + (elements // 2 if kind == "fp4" else elements)
+
+
+def _shards(sizes: Mapping[str, int], most: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    room = most
+    for name, size in sizes.items():
+        if size > room and shards[-1]:
+            shards.append([])
+            room = most
+        shards[-1].append(name)
+        room -= size
+    return shards
+
+
+def _format_keys(format: Format) -> dict[str, Any]:
+    """What ``config.json`` says about the format, in the released spelling."""
+    if format in ("fp32", "bf16"):
+        return {"torch_dtype": "float32" if format == "fp32" else "bfloat16"}
+    quantization = {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "scale_fmt": "ue8m0",
+        "weight_block_size": [128, 128],
     }
-    if any(problems.values()):
-        listed = "; ".join(f"{len(names)} {kind}: {_shorten(names)}" for kind, names in problems.items() if names)
-        raise WeightsError(f"{folder}: these weights do not fit its config.json ({listed})")
-    return files
+    expert = {"expert_dtype": "fp4"} if format == "fp4+fp8" else {}
+    return {"torch_dtype": "bfloat16", "quantization_config": quantization, **expert}
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder, by its index if it has one."""
-    index = folder / INDEX
-    if not index.exists():
-        single = folder / "model.safetensors"
-        if not single.exists():
-            raise WeightsError(f"{folder}: neither model.safetensors nor {INDEX}; name a folder of released weights")
-        return [single]
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise WeightsError(f"{index}: not a safetensors index ({error!r})") from None
-    for name in names:
-        if not isinstance(name, str) or name != Path(name).name or name.startswith("."):
-            raise WeightsError(f"{index}: weight_map entry {name!r} leaves the folder; refused")
-        if not (folder / name).is_file():
-            raise WeightsError(f"{folder / name}: named by the index but missing; copy the file again")
-    return [folder / name for name in names]
+def _is_quantized(tensor: Tensor) -> bool:
+    return tensor.dtype in (torch.int8, torch.float8_e4m3fn)
 
 
-@contextmanager
-def open_tensors(file: Path) -> Iterator[Any]:
-    """``safe_open`` on the CPU, whose errors name the file."""
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            yield tensors
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{file}: damaged or unreadable ({error}); copy or export it again") from None
+def _may_be_quantized(name: str, dtype: str) -> bool:
+    return bool((_EXPERT if dtype == "I8" else _QUANTIZED).search(name))
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A safetensors file, on disk when this returns; OSError where the disk refuses."""
-    try:
-        save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(str(error)) from None
-    sync(path)
+def _dense_shape(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[int, ...]:
+    return (*shape[:-1], 2 * shape[-1]) if dtype == torch.int8 else tuple(shape)
 
 
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """A JSON file, on disk when this returns."""
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    sync(path)
+def _scale_shape(shape: tuple[int, ...], kind: Literal["fp8", "fp4"]) -> tuple[int, ...]:
+    like = torch.empty(0, dtype=torch.int8 if kind == "fp4" else torch.float8_e4m3fn)
+    return scale_shape(tuple(shape), block_of(like))
 
 
-def sync(path: Path) -> None:
-    """Waits until a file or the entries of a folder are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _has_mtp(names: Mapping[str, Any]) -> bool:
+    return any(name.startswith("mtp.") for name in names)
 
 
-@contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A temporary sibling that becomes ``folder`` when the block ends well, and vanishes when it does not."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise WeightsError(f"{folder}: already there and not empty; remove it or choose another folder")
-    temporary: Path | None = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        yield temporary
-        sync(temporary)
-        temporary.chmod(0o755)
-        temporary.rename(folder)
-        sync(folder.parent)
-    except OSError as error:
-        raise WeightsError(f"{folder}: cannot write ({error}); free some space or choose another folder") from None
-    finally:
-        if temporary is not None and temporary.exists():
-            with suppress(OSError):
-                shutil.rmtree(temporary)
-
-
-def _stored_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
-    if not tensor.dtype.is_floating_point:
-        return tensor.dtype
+def _stored_dtype(name: str, own: torch.dtype, dtype: torch.dtype) -> torch.dtype:
+    if not own.is_floating_point:
+        return own
     return torch.float32 if name.endswith(_ALWAYS_FP32) else dtype
 
 

@@ -8,6 +8,7 @@ Parameter and buffer names are those of the released checkpoints, except that ro
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from ..kernels.hyper_connection import Mixing, mhc_head, mhc_post, mhc_pre
 from ..kernels.norm import at_least_fp32
 from .attention import Attention, AttentionMode, AttentionTask, Geometry, IndexerReport
+from .cache import Cache, LayerCache
 from .config import ModelConfig
 from .layers import Linear, RMSNorm
 from .moe import MoE, Routing
@@ -40,6 +42,19 @@ class Output(NamedTuple):
     reports: dict[str, BlockReport]  # by block name: "layers.0", ..., "mtp.0"
 
 
+@dataclass
+class Origin:
+    """What a model remembers of the release it was loaded from, so that unchanged weights are written back bit for bit.
+
+    Attributes:
+        scales: by released name of the weight, as they were stored.
+        copies: further names in the release, and the weight that each repeats.
+    """
+
+    scales: dict[str, Tensor] = field(default_factory=dict)
+    copies: dict[str, str] = field(default_factory=dict)
+
+
 class Block(nn.Module):
     """Attention and MoE, each reading from and writing to the residual streams through an mHC site (recipe 4)."""
 
@@ -57,10 +72,16 @@ class Block(nn.Module):
             self.register_parameter(f"hc_{site}_scale", _empty(3))
 
     def forward(
-        self, streams: Tensor, tokens: Tensor, geometry: Geometry, task: AttentionTask, route: Route
+        self,
+        streams: Tensor,
+        tokens: Tensor,
+        geometry: Geometry,
+        task: AttentionTask,
+        route: Route,
+        cache: LayerCache | None = None,
     ) -> tuple[Tensor, BlockReport]:
         x, mixing = self._read(streams, "attn")
-        output, sink, indexer = self.attn(self.attn_norm(x), geometry, task, route)
+        output, sink, indexer = self.attn(self.attn_norm(x), geometry, task, route, cache)
         streams = mhc_post(streams, output, mixing)
         attention_residual = mixing.residual.detach()
         x, mixing = self._read(streams, "ffn")
@@ -107,6 +128,7 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.compute_dtype, self.recompute = config, compute_dtype, recompute
+        self.origin = Origin()
         self.embed = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size), freeze=False)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -145,8 +167,7 @@ class Transformer(nn.Module):
         if segments is None:
             segments = torch.zeros_like(tokens)
         geometry = Geometry.of(self.config, segments, positions)
-        embedding = self.embed(tokens).to(self.compute_dtype or self.embed.weight.dtype)
-        streams = embedding.unsqueeze(2).expand(-1, -1, self.config.hc_mult, -1).contiguous()
+        embedding, streams = self._begin(tokens)
         reports: dict[str, BlockReport] = {}
         for index, block in enumerate(self.layers):
             streams, reports[f"layers.{index}"] = recomputed(self.recompute, block, streams, tokens, geometry, task)
@@ -161,6 +182,40 @@ class Transformer(nn.Module):
             mtp_streams = block.merge(streams, following)
             mtp_streams, reports["mtp.0"] = recomputed(self.recompute, block, mtp_streams, tokens, shortened, task)
         return Output(streams, mtp_streams, reports)
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor, cache: Cache, attention: AttentionMode = "sparse", last: int = 1) -> Tensor:
+        """Runs ``tokens``, which follow those in the cache, and adds them to it; one at a time, or a prompt at once.
+
+        The logits are those of ``forward`` on the whole document, up to rounding.
+
+        Args:
+            tokens: ``[B, T]`` int64, T >= 1, one document per row; cache: ``Cache(config)``, or one that earlier tokens
+                of these documents have been run with.
+            attention: as in ``forward``.
+            last: how many of the tokens, counted from the last one, get logits.
+
+        Returns:
+            logits ``[B, min(last, T), V]`` float32.
+
+        Raises:
+            ValueError: there is no token, or the cache holds another number of rows.
+        """
+        if not tokens.shape[1]:
+            raise ValueError("no token to run; a document begins with its begin token")
+        if cache.rows not in (None, len(tokens)):
+            raise ValueError(f"tokens have {len(tokens)} rows, the cache {cache.rows}; begin another Cache(config)")
+        geometry = Geometry.after(self.config, tokens, cache.length)
+        _, streams = self._begin(tokens)
+        for block, layer in zip(self.layers, cache.layers, strict=True):
+            streams, _ = block(streams, tokens, geometry, AttentionTask(attention), Route(), layer)
+        cache.rows, cache.length = len(tokens), cache.length + tokens.shape[1]
+        return self.logits(streams[:, -last:])
+
+    def _begin(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Embedding ``[B, T, D]`` and the streams ``[B, T, S, D]`` that start from it."""
+        embedding = self.embed(tokens).to(self.compute_dtype or self.embed.weight.dtype)
+        return embedding, embedding.unsqueeze(2).expand(-1, -1, self.config.hc_mult, -1).contiguous()
 
     def hidden(self, streams: Tensor, owner: nn.Module | None = None) -> Tensor:
         """Input of the output head ``[B, T, D]``; ``owner`` (self or an MTP block) has the collapse and the norm."""

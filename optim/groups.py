@@ -3,7 +3,8 @@
 The rule is the paper's: AdamW for the embedding, the prediction head, the static biases and gates of mHC and every
 RMSNorm weight; Muon for all other modules, read literally: router, compressors, indexer and mHC projections included.
 Vectors (attention sinks) have no matrix to orthogonalise and go to AdamW. So do the compressors' position biases `ape`,
-[r, C] tables of biases: our choice, the paper does not say.
+[r, C] tables of biases: our choice, the paper does not say. The factors of LoRA adapters, whose product is what acts,
+go to AdamW as well.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,9 +20,17 @@ from torch.nn import Parameter
 
 from .muon import Muon, momentum_dtype
 
-EMBEDDING = "embedding and head"
+EMBEDDING, LORA = "embedding and head", "LoRA adapters"
 # In the order of the table. An optimizer owns whole groups.
-ADAMW_GROUPS = (EMBEDDING, "norms", "mHC biases and gates", "attention sinks", "compressor positions", "other vectors")
+ADAMW_GROUPS = (
+    EMBEDDING,
+    "norms",
+    "mHC biases and gates",
+    "attention sinks",
+    "compressor positions",
+    "other vectors",
+    LORA,
+)
 MUON_GROUPS = (
     "attention",
     "compressor",
@@ -86,12 +96,14 @@ class OptimConfig:
     Attributes:
         muon: Muon's constants.
         adamw: AdamW's constants.
-        decay_vectors: whether AdamW's weight decay also acts on norms, biases, gates and sinks, not only on embedding
-            and head. True is the literal reading of the paper, which names no exception.
+        matrices: the optimizer of what is Muon's otherwise; AdamW takes a second moment for each weight, and decays it.
+        decay_vectors: whether AdamW's weight decay also acts on norms, biases, gates and sinks, not only on embedding,
+            head and adapters. True is the literal reading of the paper, which names no exception.
     """
 
     muon: MuonConfig = field(default_factory=MuonConfig)
     adamw: AdamWConfig = field(default_factory=AdamWConfig)
+    matrices: Literal["muon", "adamw"] = "muon"
     decay_vectors: bool = True
 
 
@@ -123,6 +135,8 @@ def group_of(name: str, ndim: int) -> str:
     """
     path = name.split(".")
     module = path[-2] if path[-1] == "weight" and len(path) > 1 else path[-1]
+    if "lora" in path:
+        return LORA
     if module in ("embed", "head"):
         return EMBEDDING
     if module.endswith("norm"):
@@ -207,7 +221,7 @@ class Optimizers:
         """
         result = {}
         for group, names in self.groups.items():
-            if group in MUON_GROUPS:
+            if self._is_muons(group):
                 assert self.muon is not None
                 rms = self.muon.update_rms(*(self._parameters[name] for name in names))
             else:
@@ -227,7 +241,7 @@ class Optimizers:
             parameters = [self._parameters[name] for name in names]
             row = GroupRow(
                 group=group,
-                optimizer="Muon" if group in MUON_GROUPS else "AdamW",
+                optimizer="Muon" if self._is_muons(group) else "AdamW",
                 tensors=len(parameters),
                 matrices=sum(matrices.get(parameter, 0) for parameter in parameters),
                 parameters=sum(parameter.numel() for parameter in parameters),
@@ -271,8 +285,11 @@ class Optimizers:
             if loaded:
                 state[parameter] = {kind: t.to(parameter.device, copy=True) for kind, t in loaded.items()}
 
+    def _is_muons(self, group: str) -> bool:
+        return self.muon is not None and group in MUON_GROUPS
+
     def _optimizer(self, name: str) -> torch.optim.Optimizer:
-        owner = self.muon if self._group[name] in MUON_GROUPS else self.adamw
+        owner = self.muon if self._is_muons(self._group[name]) else self.adamw
         assert owner is not None
         return owner
 
@@ -284,7 +301,7 @@ class Optimizers:
     def _layout(self, name: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         parameter = self._parameters[name]
         shape = tuple(parameter.shape)
-        if self._group[name] in MUON_GROUPS:
+        if self._is_muons(self._group[name]):
             return {"momentum": (shape, momentum_dtype(parameter))}
         moment = (shape, parameter.dtype)
         return {"exp_avg": moment, "exp_avg_sq": moment, "step": ((), torch.float32)}
@@ -334,11 +351,11 @@ def build_optimizers(
     for group, names in groups.items():
         for name in names:
             pair = (name, parameters[name])
-            if group in MUON_GROUPS:
+            if group in MUON_GROUPS and config.matrices == "muon":
                 cuts.setdefault(tuple(row_splits.get(name, ())), []).append(pair)
-            elif name in row_splits:
+            elif name in row_splits and group not in MUON_GROUPS:
                 raise ValueError(f"row_splits: {name} belongs to AdamW ({group}), which knows no matrices; drop it")
-            elif group == EMBEDDING:
+            elif group in (EMBEDDING, LORA, *MUON_GROUPS):
                 decayed.append(pair)
             else:
                 vectors.append(pair)

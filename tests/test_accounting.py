@@ -1,10 +1,22 @@
 """Counts of parameters and of floating-point operations, against the recipe's figures and a count by hand."""
 
+import math
+
 import pytest
-from model_cases import CSA, HCA, SWA, random_config
+import torch
+from model_cases import CSA, HCA, SWA, random_config, random_model
 
 from openv4.model import ModelConfig, Transformer
-from openv4.model.accounting import count_parameters, parameter_table, training_flops_per_token
+from openv4.model.accounting import (
+    cache_bytes,
+    cache_bytes_per_token,
+    count_parameters,
+    parameter_table,
+    training_flops_per_token,
+    v4_entry_bytes,
+    v4_key_bytes,
+)
+from openv4.model.cache import Cache
 from openv4.model.transformer import AttentionMode
 from openv4.train.config import load_config
 
@@ -117,6 +129,42 @@ def test_more_context_costs_more(flash: ModelConfig) -> None:
     costs = [training_flops_per_token(flash, length, "sparse") for length in (1024, 4096, 65536, 1_048_576)]
     assert costs == sorted(costs)
     assert training_flops_per_token(flash, 65536, "dense") > training_flops_per_token(flash, 65536, "sparse")
+
+
+def test_cache_of_flash_and_pro_at_a_million_tokens(flash: ModelConfig, pro: ModelConfig) -> None:
+    """Recipe 12, to the digits given there; V3.2 keeps 788 bytes per token in each of 61 layers."""
+    v3 = 61 * 788 * 1_000_000
+    for config, gigabytes, share, window in ((pro, 5.036, 10.48, 4.6), (flash, 3.517, 7.32, 3.2)):
+        total = cache_bytes(config, 1_000_000)
+        assert round(total / 1e9, 3) == gigabytes and round(100 * total / v3, 2) == share
+        assert round((total - 1_000_000 * cache_bytes_per_token(config)) / 1e6, 1) == window
+        assert (v4_entry_bytes(config), v4_key_bytes(config)) == (584, 68)
+    # With keys in FP8, 128 bytes and a scale of 4 (recipe 12: 11.5% and 8.0%).
+    assert [round(100 * cache_bytes(c, 1_000_000, key_bytes=132) / v3, 1) for c in (pro, flash)] == [11.5, 8.0]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_cache_bytes_are_those_of_a_cache(seed: int) -> None:
+    """In float32, for any ratios, at lengths that leave no block incomplete; but for what the two count differently:
+    the window's token at hand, and the last block where blocks overlap, which the next one will need."""
+    config = random_config(seed)
+    model, cache = random_model(config, seed), Cache(config)
+    ratios = [ratio for ratio in config.compress_ratios if ratio]
+    length = math.lcm(*ratios) * (1 + 40 // math.lcm(*ratios))
+    model.decode(torch.zeros(1, length, dtype=torch.long), cache)
+    main = config.kinds[: config.num_hidden_layers]
+    size = {"entry_bytes": 4 * config.head_dim, "key_bytes": 4 * config.index_head_dim}
+    widths = 2 * 2 * 4 * (config.head_dim + config.index_head_dim)
+    pending = sum(r * widths for kind, r in zip(main, config.compress_ratios, strict=False) if kind == "csa")
+    expected = cache_bytes(config, length, **size) - len(main) * 4 * config.head_dim + pending
+    assert cache.bytes == pytest.approx(expected, rel=1e-12)
+    assert cache.bytes_per_token == pytest.approx(cache_bytes_per_token(config, **size), rel=1e-12)
+
+
+def test_a_cache_of_few_tokens(flash: ModelConfig) -> None:
+    """Windows fill first: below 128 tokens they grow by a key/value per layer."""
+    assert cache_bytes(flash, 0) == 0
+    assert cache_bytes(flash, 100) == pytest.approx(100 * (43 * 584 + cache_bytes_per_token(flash)))
 
 
 def test_table_for_the_start_of_a_run(flash: ModelConfig) -> None:

@@ -37,6 +37,9 @@ class Documents:
     def read(self, document: int, start: int, length: int) -> npt.NDArray[Any]:
         return self._documents[document][start : start + length]
 
+    def read_trained(self, document: int, start: int, length: int) -> None:
+        return None
+
 
 BOS, EOS, MARK = 3, 4, 5  # stand for no text; 0 does, as it may where nothing is predicted
 

@@ -143,7 +143,8 @@ def test_every_released_name_finds_its_group() -> None:
     optimizers = build_optimizers(model().items(), row_splits(), OptimConfig())
     found = {name: group for group, names in optimizers.groups.items() for name in names}
     assert found == {name: group for name, (group, _) in released().items()}
-    assert set(optimizers.groups) == {*ADAMW_GROUPS, *MUON_GROUPS} - {"other vectors", "other matrices"}
+    absent = {"other vectors", "other matrices", "LoRA adapters"}
+    assert set(optimizers.groups) == {*ADAMW_GROUPS, *MUON_GROUPS} - absent
 
 
 def test_each_optimizer_owns_its_groups() -> None:
@@ -163,6 +164,32 @@ def test_unknown_names_are_sorted_by_their_dimensions() -> None:
     parameters = {"layers.0.ffn.gate.bias": Parameter(torch.ones(4)), "extra": Parameter(torch.ones(4, 4))}
     optimizers = build_optimizers(parameters.items(), {}, OptimConfig())
     assert optimizers.groups == {"other vectors": ["layers.0.ffn.gate.bias"], "other matrices": ["extra"]}
+
+
+ADAPTERS = [
+    "layers.0.attn.wq_a.lora.A",
+    "layers.0.attn.wo_a.lora.B",
+    "layers.1.attn.indexer.compressor.wkv.lora.A",
+    "layers.1.attn.compressor.wgate.lora.B",
+    "layers.1.ffn.shared_experts.w2.lora.A",
+    "layers.1.ffn.experts.lora.gate_up.B",
+]
+
+
+@pytest.mark.parametrize("decay_vectors", [True, False])
+def test_adapters_are_a_group_of_adamw(decay_vectors: bool) -> None:
+    """Decayed like the embedding, whatever becomes of vectors; what is frozen beside them has no optimizer."""
+    frozen = {name: Parameter(parameter, requires_grad=False) for name, parameter in model().items()}
+    adapters = {name: Parameter(torch.ones(3, 4)) for name in ADAPTERS}
+    optimizers = build_optimizers((frozen | adapters).items(), row_splits(), OptimConfig(decay_vectors=decay_vectors))
+    assert optimizers.groups == {"LoRA adapters": ADAPTERS}
+    assert optimizers.muon is None
+    for parameter in adapters.values():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizers.step(lr=0.5, found_inf=torch.zeros(()))
+    assert all(torch.equal(parameter, torch.full((3, 4), 0.95)) for parameter in adapters.values())
+    (row,) = optimizers.table()
+    assert (row.group, row.optimizer, row.tensors, row.parameters) == ("LoRA adapters", "AdamW", 6, 72)
 
 
 def test_table() -> None:

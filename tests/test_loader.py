@@ -28,6 +28,9 @@ class ListStore:
         assert 0 <= start <= start + length <= self.lengths[document]
         return self.base + document * 1000 + np.arange(start, start + length)
 
+    def read_trained(self, document, start, length):
+        return None
+
 
 class HugeStore:
     """Two million documents, a thousand million tokens, none of them stored."""
@@ -40,6 +43,9 @@ class HugeStore:
 
     def read(self, document, start, length):
         return np.full(length, document % 50_000)
+
+    def read_trained(self, document, start, length):
+        return None
 
 
 def random_lengths(count=300, seed=0):
@@ -335,3 +341,44 @@ def test_validation_is_one_pass_in_the_documents_order():
     assert first == sorted(first)
     assert all((batch.tokens[batch.segments == -1] == 9).all() for batch in batches)
     assert list(validation_batches(ListStore([]), 8, 64)) == []
+
+
+# What the loss counts.
+
+
+class MaskedStore(ListStore):
+    """Counts the tokens whose place is divisible by three."""
+
+    def read_trained(self, document, start, length):
+        return (np.arange(start, start + length) % 3 == 0).astype(np.uint8)
+
+
+def expected_mask(batch, masked_sources):
+    mask = torch.zeros(batch.tokens.shape, dtype=torch.bool)
+    for index, row in enumerate(batch.pieces):
+        at = 0
+        for source, _, _, start, length in row:
+            for place in range(length):
+                mask[index, at + place] = source not in masked_sources or (start + place) % 3 == 0
+            at += length
+    return mask
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_masks_follow_their_tokens(workers):
+    loader = Loader([MaskedStore(random_lengths())], [1.0], 0, workers=workers)
+    for rows, row_length in ((3, 40), (2, 97)):
+        batch = loader.next_batch(rows, row_length)
+        assert batch.trained.dtype == torch.bool
+        assert torch.equal(batch.trained, expected_mask(batch, {0}))
+    (last,) = list(validation_batches(MaskedStore([5, 4]), 8, 16))
+    assert torch.equal(last.trained, expected_mask(last, {0}))
+    assert not last.trained[last.segments < 0].any(), "padding is nothing to learn"
+
+
+def test_text_in_a_mixture_is_all_trained():
+    loader = Loader([ListStore(random_lengths()), MaskedStore(random_lengths(seed=1))], [1.0, 1.0], 0)
+    batch = loader.next_batch(6, 64)
+    assert {source for row in batch.pieces for source, *_ in row} == {0, 1}
+    assert torch.equal(batch.trained, expected_mask(batch, {1}))
+    assert Loader([ListStore(random_lengths())], [1.0], 0).next_batch(2, 64).trained is None

@@ -7,6 +7,8 @@ from model_cases import relative_rms
 from torch import Tensor
 
 from openv4.kernels.moe import (
+    ExpertAdapters,
+    LowRank,
     clamp_hits,
     clamped_swiglu,
     expert_weights,
@@ -223,3 +225,120 @@ def test_top_experts_and_their_weights() -> None:
     torch.testing.assert_close(weights[0], torch.tensor([1.25, 1.25]))
     torch.testing.assert_close(weights[2], torch.tensor([4 / 7, 3 / 7]) * 2.5)
     assert weights[1].tolist() == [0, 0]
+
+
+FACTORS = ["gate_up a", "gate_up b", "down a", "down b"]
+
+
+def draw_factors(arguments: list[Tensor], ranks: tuple[int, int], seed: int = 0) -> list[Tensor]:
+    """A and B for gate and up, and for down, of adapters as strong as the matrices; float64."""
+    experts, inner, hidden = arguments[3].shape
+    generator = torch.Generator().manual_seed(100 + seed)
+    shapes = ((ranks[0], hidden), (2 * inner, ranks[0]), (ranks[1], inner), (hidden, ranks[1]))
+    return [
+        torch.randn(experts, *shape, generator=generator, dtype=torch.float64) * shape[1] ** -0.5 for shape in shapes
+    ]
+
+
+def run_adapted(
+    arguments: list[Tensor],
+    factors: list[Tensor],
+    *dtypes: torch.dtype,
+    frozen: bool = False,
+    reference: bool = False,
+) -> dict[str, Tensor]:
+    """As ``run``, with adapters of scales 0.7 and 1.6; ``dtypes``: of x and of the rest."""
+    x = arguments[0].detach().to(dtypes[0]).requires_grad_()
+    weights, w1, w3, w2 = (t.detach().to(dtypes[-1]).requires_grad_(not frozen) for t in arguments[2:])
+    a1, b1, a2, b2 = (t.detach().to(dtypes[-1]).requires_grad_() for t in factors)
+    adapters = ExpertAdapters(LowRank(a1, b1, 0.7), LowRank(a2, b2, 1.6))
+    routed = (x, arguments[1], weights, w1, w3, w2, 1.0, adapters)
+    output = routed_experts_reference(*routed) if reference else routed_experts(*routed)[0]
+    upper = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    inputs = dict(zip([*NAMES, *FACTORS], (x, weights, w1, w3, w2, a1, b1, a2, b2), strict=True))
+    learning = {name: t for name, t in inputs.items() if t.requires_grad}
+    gradients = torch.autograd.grad(output, list(learning.values()), upper.to(output.dtype))
+    return {"output": output} | dict(zip(learning, gradients, strict=True))
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 17, 130])
+@pytest.mark.parametrize("widths", WIDTHS)
+@pytest.mark.parametrize("ranks", [(1, 1), (4, 16), (17, 3)])
+def test_adapters_equal_the_reference(tokens: int, widths: str, ranks: tuple[int, int]) -> None:
+    arguments = draw(tokens, widths=widths)
+    factors = draw_factors(arguments, ranks)
+    for dtype, tolerance in TOLERANCE.items():
+        ours = run_adapted(arguments, factors, dtype)
+        theirs = run_adapted(arguments, factors, dtype, reference=True)
+        for name, value in theirs.items():
+            assert (ours[name].shape, ours[name].dtype) == (value.shape, value.dtype), name
+            assert relative_rms(ours[name], value) < tolerance, (name, dtype)
+
+
+def test_adapters_gradcheck() -> None:
+    x, ids, weights, w1, w3, w2 = draw(5, 3, 2, "mixed", seed=1)
+    factors = draw_factors([x, ids, weights, w1, w3, w2], (2, 3))
+
+    def output(*inputs: Tensor) -> Tensor:
+        x, weights, a1, b1, a2, b2 = inputs
+        adapters = ExpertAdapters(LowRank(a1, b1, 0.7), LowRank(a2, b2, 1.6))
+        return routed_experts(x, ids, weights, w1, w3, w2, 0.0, adapters)[0]
+
+    assert torch.autograd.gradcheck(output, [t.requires_grad_() for t in (x, weights, *factors)])
+
+
+@pytest.mark.parametrize("widths", WIDTHS)
+def test_frozen_experts_change_no_other_gradient(widths: str) -> None:
+    """Their own gradients, three outer products, are not formed."""
+    arguments = draw(40, widths=widths)
+    factors = draw_factors(arguments, (4, 5))
+    learning = run_adapted(arguments, factors, torch.float32)
+    frozen = run_adapted(arguments, factors, torch.float32, frozen=True)
+    assert list(frozen) == ["output", "x", *FACTORS]
+    for name, value in frozen.items():
+        assert torch.equal(value, learning[name]), name
+
+
+@pytest.mark.parametrize("widths", WIDTHS)
+def test_adapters_that_are_zero_change_no_bit(widths: str) -> None:
+    arguments = draw(40, widths=widths)
+    a1, b1, a2, b2 = draw_factors(arguments, (4, 5))
+    adapted = run_adapted(arguments, [a1, b1 * 0, a2, b2 * 0], torch.float32)
+    for name, value in run(arguments, 1.0, torch.float32).items():
+        assert name == "clamped" or torch.equal(value, adapted[name]), name
+
+
+@pytest.mark.parametrize("widths", WIDTHS)
+@pytest.mark.parametrize("ranks", [(1, 1), (8, 20)])
+def test_an_adapted_token_does_not_depend_on_the_choices_of_others(ranks: tuple[int, int], widths: str) -> None:
+    """Bit for bit, output and gradient of x, as without adapters."""
+    arguments = draw(130, widths=widths)
+    factors = draw_factors(arguments, ranks)
+    results = []
+    for seed in range(4):
+        changed = draw(130, seed=seed)[1]
+        changed[65] = arguments[1][65]
+        changed[: seed * 130 // 4] = arguments[1][65]
+        results.append(run_adapted([arguments[0], changed, *arguments[2:]], factors, torch.float32))
+    for result in results[1:]:
+        assert torch.equal(result["output"][65], results[0]["output"][65])
+        assert torch.equal(result["x"][65], results[0]["x"][65])
+
+
+def test_adapters_in_bfloat16() -> None:
+    """Factors are float32 masters of bfloat16 products; each result sees some ten roundings of up to 2^-9."""
+    arguments = [t if t.dtype == torch.long else t.bfloat16().double() for t in draw(90)]
+    arguments[0] = arguments[0] * 0.2  # few inputs near the clamp, whose slope a rounding switches
+    factors = [t.bfloat16().double() for t in draw_factors(arguments, (4, 6))]
+    ours = run_adapted(arguments, factors, torch.bfloat16, torch.float32)
+    exact = run_adapted(arguments, factors, torch.float64)
+    for name in ("output", "x", *FACTORS):
+        assert ours[name].dtype == (torch.bfloat16 if name == "x" else torch.float32), name
+        assert relative_rms(ours[name], exact[name]) < 10 * 2**-9, name
+
+
+def test_delta() -> None:
+    a, b = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[2.0], [-1.0]])
+    assert LowRank(a.bfloat16(), b.bfloat16(), 0.5).delta().tolist() == [[1.0, 2.0, 3.0], [-0.5, -1.0, -1.5]]
+    stacked = LowRank(torch.randn(4, 2, 5), torch.randn(4, 3, 2), 2.0)
+    assert torch.allclose(stacked.delta()[3], 2 * stacked.b[3] @ stacked.a[3])

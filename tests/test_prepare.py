@@ -8,9 +8,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from chat_cases import chat_tokenizer
 from tokenizers import Tokenizer, models
 
-from openv4.data.prepare import KING_JAMES, PrepareConfig, ensure_prepared, prepare
+from openv4.data.chat import encode, parse_record
+from openv4.data.prepare import KING_JAMES, PrepareConfig, ensure_prepared, ensure_prepared_chat, prepare
 from openv4.data.shards import DataError, PreparedData
 from openv4.data.tokenizer import FIM_BEGIN, load_tokenizer, train_tokenizer
 
@@ -62,7 +64,7 @@ def test_all_formats_give_the_same_folder(jsonl, tmp_path):
 
 
 def test_long_text_is_split_across_reads(tmp_path, monkeypatch):
-    monkeypatch.setattr("openv4.data.prepare._READ_BYTES", 7)
+    monkeypatch.setattr("openv4.data.reading._READ_BYTES", 7)
     (tmp_path / "a.txt").write_bytes("<sep>".join(DOCUMENTS).encode())
     write_jsonl(tmp_path / "a.jsonl")
     first = prepare(config(tmp_path / "a.txt", tmp_path / "one", separator="<sep>"))
@@ -308,3 +310,169 @@ def test_consecutive_documents_join_into_long_ones(tmp_path):
     assert manifest.skipped == 1
     with pytest.raises(DataError, match="join_bytes=-1"):
         config(source, tmp_path / "other", join_bytes=-1)
+
+
+# Chat.
+
+RECORDS = [
+    {
+        "messages": [
+            {"role": "user", "content": f"Number {index}?"},
+            {"role": "assistant", "content": "One. " * (index % 7 + 1)},
+        ]
+    }
+    for index in range(40)
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    chat_tokenizer().save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def write_chat(path: Path, records=RECORDS) -> Path:
+    lines = "".join(json.dumps(record) + "\n" for record in records).encode()
+    if path.suffix == ".gz":
+        lines = gzip.compress(lines)
+    elif path.suffix == ".zst":
+        lines = pa.Codec("zstd").compress(lines, asbytes=True)
+    path.write_bytes(lines)
+    return path
+
+
+def chat_config(source: Path, output: Path, tokenizer: Path, **changes) -> PrepareConfig:
+    return PrepareConfig(str(source), str(output), tokenizer=str(tokenizer), kind="chat", **changes)
+
+
+def stored(folder: Path, split: str) -> list[tuple[list[int], list[bool]]]:
+    store = PreparedData(folder).split(split)
+    lengths = store.length(np.arange(store.documents)).tolist()
+    return [
+        (store.read(i, 0, n).tolist(), store.read_trained(i, 0, n).astype(bool).tolist()) for i, n in enumerate(lengths)
+    ]
+
+
+def test_conversations_become_shards_with_masks(tokenizer_folder, tmp_path):
+    source = write_chat(tmp_path / "a.jsonl")
+    seen = []
+    config_ = chat_config(source, tmp_path / "out", tokenizer_folder, shard_tokens=100, validation_fraction=0.2)
+    manifest = prepare(config_, lambda *done: seen.append(done))
+    encoded = [tuple(encode(parse_record(record, ""), chat_tokenizer())) for record in RECORDS]
+    train, validation = (stored(tmp_path / "out", split) for split in ("train", "validation"))
+    assert sorted(train + validation) == sorted(encoded)
+    assert train == [one for one in encoded if one in train], "the order is kept"
+    assert 2 <= len(validation) <= 20 and len(manifest.splits["train"].shards) > 3
+    sizes = PreparedData(tmp_path / "out").token_bytes
+    for name, documents in (("train", train), ("validation", validation)):
+        split = manifest.splits[name]
+        assert split.longest == max(len(ids) for ids, _ in documents)
+        assert split.trained == sum(sum(mask) for _, mask in documents)
+        assert split.bytes == sum(int(sizes[ids].sum()) for ids, _ in documents)
+    assert (manifest.skipped, manifest.fim) == (0, None)
+    assert seen[-1][0] == seen[-1][1] == sum(len(json.dumps(record)) + 1 for record in RECORDS)
+    for name in ("b.jsonl.gz", "b.jsonl.zst"):
+        again = replace(config_, input=str(write_chat(tmp_path / name)), output=str(tmp_path / f"out_{name}"))
+        assert prepare(again).fingerprint == manifest.fingerprint
+
+
+def test_effort_changes_tokens_but_not_the_split(tokenizer_folder, tmp_path):
+    source = write_chat(tmp_path / "a.jsonl")
+    counts = {}
+    for effort in (None, "high"):
+        prepare(chat_config(source, tmp_path / f"{effort}", tokenizer_folder, effort=effort, validation_fraction=0.3))
+        counts[effort] = [len(stored(tmp_path / f"{effort}", split)) for split in ("train", "validation")]
+        first = chat_tokenizer().decode(stored(tmp_path / f"{effort}", "train")[0][0], skip_special_tokens=False)
+        assert ("<think>" in first) == (effort == "high")
+    assert counts[None] == counts["high"]
+
+
+def test_a_conversation_too_long_is_an_error_or_dropped_and_counted(tokenizer_folder, tmp_path):
+    source = write_chat(tmp_path / "a.jsonl")
+    lengths = [len(encode(parse_record(record, ""), chat_tokenizer()).ids) for record in RECORDS]
+    limit = sorted(lengths)[25]
+    number = next(n for n, length in enumerate(lengths, 1) if length > limit)
+    with pytest.raises(DataError, match=rf"a\.jsonl:{number}: .* has {lengths[number - 1]} tokens, max_tokens={limit}"):
+        prepare(chat_config(source, tmp_path / "out", tokenizer_folder, max_tokens=limit))
+    assert not (tmp_path / "out").exists() and len(list(tmp_path.iterdir())) == 1
+    manifest = prepare(chat_config(source, tmp_path / "out", tokenizer_folder, max_tokens=limit, too_long="drop"))
+    assert manifest.skipped == sum(length > limit for length in lengths) > 0
+    assert max(split.longest for split in manifest.splits.values()) == limit
+    assert sum(split.documents for split in manifest.splits.values()) == 40 - manifest.skipped
+    with pytest.raises(DataError, match="none is left to train on: raise max_tokens"):
+        prepare(chat_config(source, tmp_path / "none", tokenizer_folder, max_tokens=1, too_long="drop"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"messages": []}\n', r"a\.jsonl:1: 'messages' is empty"),
+        ("a.jsonl", b"\n[1]\n", r"a\.jsonl:2 is not a JSON object but list: write \{\"messages\""),
+        ("a.jsonl", b'{"messages": \n', r"a\.jsonl:1 is not valid JSON"),
+        ("a.jsonl", b"\n \n", "holds no conversation in 1 files"),
+        ("a.jsonl", b'{"text": "\xff"}\n', r"a\.jsonl: byte 10 \(0xff\) is not UTF-8"),
+        ("a.jsonl.gz", b"not gzip", r"a\.jsonl\.gz cannot be read"),
+        ("a.txt", b"text", r"a\.txt: openv4 reads \.jsonl, \.jsonl\.gz, \.jsonl\.zst; convert"),
+    ],
+)
+def test_bad_chat_is_refused_in_one_line_and_leaves_nothing(tokenizer_folder, tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message) as error:
+        prepare(chat_config(tmp_path / name, tmp_path / "out", tokenizer_folder))
+    assert "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_the_last_line_is_checked_before_the_first_is_encoded(tokenizer_folder, tmp_path, monkeypatch):
+    source = write_chat(tmp_path / "a.jsonl", [*RECORDS, {"messages": [{"role": "bot"}]}])
+    monkeypatch.setattr("openv4.data.prepare.encode_batch", None)
+    with pytest.raises(DataError, match=r"a\.jsonl:41: message 1: unknown role 'bot'"):
+        prepare(chat_config(source, tmp_path / "out", tokenizer_folder))
+
+
+def test_settings_of_the_other_kind_are_refused():
+    chat = {"input": "a", "output": "b", "kind": "chat", "tokenizer": "t"}
+    PrepareConfig(**chat)
+    with pytest.raises(DataError, match=r"^tokenizer=None: kind=chat needs the tokenizer"):
+        PrepareConfig(**{**chat, "tokenizer": None})
+    for key, value in (("fim_rate", 0.1), ("join_bytes", 9), ("separator", "x"), ("eos_token", "x"), ("workers", 2)):
+        with pytest.raises(DataError, match=f"^{key}={value!r}: means nothing for kind=chat"):
+            PrepareConfig(**chat, **{key: value})
+    for key, value in (("effort", "high"), ("chat_templates", "x"), ("max_tokens", 9), ("too_long", "drop")):
+        with pytest.raises(DataError, match=f"^{key}={value!r}: means nothing for kind=text"):
+            PrepareConfig("a", "b", **{key: value})
+    with pytest.raises(DataError, match=r"^max_tokens=0"):
+        PrepareConfig(**chat, max_tokens=0)
+
+
+def test_chat_is_prepared_once_and_only_from_the_same(tokenizer_folder, tmp_path):
+    source, output = write_chat(tmp_path / "a.jsonl"), tmp_path / "out"
+
+    def ensure(**changes):
+        return ensure_prepared_chat(source, output, changes.pop("tokenizer", tokenizer_folder), **changes)
+
+    assert ensure() == output
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+    assert ensure(tokenizer=tokenizer_folder / "tokenizer.json") == output, "the same file by another name"
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
+    for changes, message in (
+        ({"effort": "high"}, "was prepared with effort=None, not high: remove it or name another"),
+        ({"max_tokens": 99}, "max_tokens=None, not 99"),
+    ):
+        with pytest.raises(DataError, match=message):
+            ensure(**changes)
+    templates = tmp_path / "a.json"
+    templates.write_text('{"max_effort": "x"}')
+    with pytest.raises(DataError, match=r"was prepared with chat_templates_sha256=\w{12}\.\.\., not \w{12}\.\.\.: "):
+        ensure(chat_templates=str(templates))
+    other = tmp_path / "tokenizer.json"
+    train_tokenizer(DOCUMENTS, 280).save(str(other))
+    with pytest.raises(DataError, match="tokenizer_sha256"):
+        ensure(tokenizer=other)
+    write_chat(source, RECORDS[1:])
+    with pytest.raises(DataError, match="input_sha256"):
+        ensure()
+    prepare(config(write_jsonl(tmp_path / "text.jsonl"), tmp_path / "text"))
+    with pytest.raises(DataError, match="was prepared with kind=text, not chat"):
+        ensure_prepared_chat(source, tmp_path / "text", tokenizer_folder)

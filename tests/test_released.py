@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from openv4.model import ModelConfig, Transformer, load_pretrained, save_pretrained
-from openv4.model import released as released_module
+from openv4.model import tensor_files as released_module
 from openv4.model.config import ModelConfigError, YarnConfig
-from openv4.model.released import INDEX, WeightsError, check_weights, new_folder, released_tensors, weight_files
+from openv4.model.released import check_weights, released_tensors
+from openv4.model.tensor_files import INDEX, WeightsError, new_folder, weight_files
 from openv4.train.config import load_config
 
 # Every kind of layer: window, CSA, HCA, hash-routed and learned, and the MTP block. No two sizes are equal.

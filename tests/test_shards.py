@@ -1,3 +1,4 @@
+import hashlib
 import json
 import shutil
 from dataclasses import replace
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from openv4.data.prepare import PrepareConfig, prepare
-from openv4.data.shards import DataError, Manifest, PreparedData, ShardStore, ShardWriter
+from openv4.data.shards import DataError, Manifest, PreparedData, ShardStore, ShardWriter, write_array
 
 
 @pytest.fixture(scope="module")
@@ -151,3 +152,110 @@ def test_store_reads_across_shards(tmp_path, monkeypatch, open_shards):
             store.read(document, 0, 0)
     with pytest.raises(ValueError, match="read-only"):
         store.read(50, 0, 1)[0] = 1
+
+
+# Masks of chat data.
+
+
+def masked_split(folder: Path, count: int = 90, seed: int = 0):
+    rng = np.random.default_rng(seed)
+    documents = [rng.integers(0, 300, rng.integers(1, 60)) for _ in range(count)]
+    masks = [rng.integers(0, 2, len(document)).astype(bool) for document in documents]
+    writer = ShardWriter(folder, "train", np.uint16, 300)
+    for document, mask in zip(documents, masks, strict=True):
+        writer.add(document, mask)
+    return writer.finish(0), documents, masks
+
+
+def test_masks_are_read_beside_the_tokens_across_shards(tmp_path):
+    split, documents, masks = masked_split(tmp_path)
+    assert len(split.shards) > 5
+    assert split.longest == max(map(len, documents))
+    assert split.trained == sum(map(np.sum, masks))
+    store = ShardStore(tmp_path, split)
+    for index in np.random.default_rng(1).permutation(len(documents)).tolist():
+        length = len(documents[index])
+        for start in (0, length // 2, length):
+            mask = store.read_trained(index, start, length - start)
+            assert mask is not None and mask.dtype == np.uint8
+            assert mask.tolist() == masks[index][start:].tolist()
+            assert (store.read(index, start, length - start) == documents[index][start:]).all()
+        with pytest.raises(IndexError):
+            store.read_trained(index, 1, length)
+    with pytest.raises(IndexError):
+        store.read_trained(len(documents), 0, 0)
+
+
+def test_text_has_no_mask_and_old_manifests_are_read(prepared):
+    data = PreparedData(prepared)
+    assert data.split("train").read_trained(0, 0, 1) is None
+    train = data.manifest.splits["train"]
+    lengths = data.split("train").length(np.arange(train.documents))
+    assert (train.trained, train.longest) == (None, lengths.max())
+    content = json.loads(data.manifest.to_json())
+    for split in content["splits"].values():
+        del split["longest"], split["trained"]
+        for shard in split["shards"]:
+            del shard["trained_file"]
+    del content["checksum"]
+    checksum = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    old = Manifest.from_json(json.dumps(content | {"checksum": checksum}))
+    assert old.splits["train"].longest == 0 and old.splits["train"].trained is None
+    assert old.fingerprint == data.fingerprint == content["fingerprint"]
+
+
+def test_the_fingerprint_of_text_is_as_it_ever_was(prepared):
+    """By its definition before there were masks: runs that were started then can go on."""
+    manifest = PreparedData(prepared).manifest
+    sums = [manifest.tokenizer.sha256]
+    for name in ("train", "validation"):
+        sums += [name]
+        for shard in manifest.splits[name].shards:
+            sums += [shard.token_file.sha256, shard.offset_file.sha256]
+    assert manifest.fingerprint == hashlib.sha256("\n".join(sums).encode()).hexdigest()
+
+
+@pytest.fixture
+def masked(copied) -> Path:
+    """A prepared folder whose training split has masks."""
+    shutil.rmtree(copied / "train")
+    split, _, _ = masked_split(copied)
+    manifest = Manifest.from_json((copied / "manifest.json").read_text())
+    rewrite(copied, splits=manifest.splits | {"train": split}, vocab_size=300)
+    return copied
+
+
+def test_masks_are_verified_and_decide_the_fingerprint(masked, tmp_path):
+    manifest = PreparedData(masked).manifest
+    path = masked / "train" / "trained-00001.npy"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(DataError, match=r"trained-00001\.npy is damaged"):
+        PreparedData(masked)
+    PreparedData(masked, verify=False)
+    path.write_bytes(content + b"x")
+    with pytest.raises(DataError, match=r"trained-00001\.npy has \d+ bytes"):
+        PreparedData(masked, verify=False)
+    path.unlink()
+    with pytest.raises(DataError, match=r"trained-00001\.npy is missing"):
+        PreparedData(masked, verify=False)
+    train = manifest.splits["train"]
+    other = replace(train.shards[0].trained_file, sha256="0" * 64)
+    shards = (replace(train.shards[0], trained_file=other), *train.shards[1:])
+    assert replace(manifest, splits=manifest.splits | {"train": replace(train, shards=shards)}).fingerprint != (
+        manifest.fingerprint
+    )
+
+
+@pytest.mark.parametrize("fault", ["short", "two"])
+def test_a_mask_that_does_not_match_is_refused(masked, fault):
+    """As written, with the right checksum: the fault lies in what was recorded."""
+    manifest = PreparedData(masked).manifest
+    train = manifest.splits["train"]
+    tokens = train.shards[0].tokens
+    mask = np.zeros(tokens - 1, np.uint8) if fault == "short" else np.full(tokens, 2, np.uint8)
+    entry = write_array(masked, train.shards[0].trained_file.name, [mask], np.uint8)
+    shards = (replace(train.shards[0], trained_file=entry), *train.shards[1:])
+    rewrite(masked, splits=manifest.splits | {"train": replace(train, shards=shards)})
+    with pytest.raises(DataError, match=r"trained-00000\.npy does not match its tokens"):
+        PreparedData(masked)

@@ -2,6 +2,8 @@
 
 <run>/checkpoints/step_N/  config.json, model*.safetensors   the weights, float32, under the released names:
                                                              `load_pretrained` and transformers read them as they are
+                           adapter_config.json,              instead of them, in a LoRA run: the adapters alone, in
+                           adapter_model.safetensors         PEFT's format
                            optimizer.safetensors             momentum and moments, by parameter name
                            state.json                        steps, tokens, data position
                            manifest.json                     size and SHA-256 of every other file
@@ -19,17 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..model.released import (
-    WeightsError,
-    fill_weights,
-    load_pretrained,
-    new_folder,
-    open_tensors,
-    sync,
-    write_json,
-    write_tensors,
-    write_weights,
-)
+from ..model.lora import CONFIG_FILE as ADAPTER_CONFIG
+from ..model.lora import LoRAConfig, fill_adapter, load_adapter, write_adapter
+from ..model.released import fill_weights, load_pretrained, write_weights
+from ..model.tensor_files import WeightsError, new_folder, open_tensors, sync, write_json, write_tensors
 from ..model.transformer import Transformer
 from ..optim.groups import Optimizers
 
@@ -51,25 +46,37 @@ class TrainState:
     skipped: int = 0  # steps whose gradients were not finite
     data: dict[str, Any] | None = None  # Loader.state_dict()
     fingerprint: str = ""  # of the prepared data
+    base: str = ""  # of the pretrained weights
 
     def state_dict(self) -> dict[str, Any]:
         return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for key in vars(self):
-            setattr(self, key, state[key])
+            setattr(self, key, state.get(key, "") if key == "base" else state[key])
 
 
 def save_checkpoint(
-    checkpoints: Path, model: Transformer, optimizers: Optimizers, state: TrainState, keep: int
+    checkpoints: Path,
+    model: Transformer,
+    optimizers: Optimizers,
+    state: TrainState,
+    keep: int,
+    adapter: tuple[LoRAConfig, str] | None = None,
 ) -> Path:
-    """Writes ``step_N``, then points ``latest`` at it, then removes all but the newest ``keep``."""
+    """Writes ``step_N``, then points ``latest`` at it, then removes all but the newest ``keep``.
+
+    ``adapter``: of a LoRA run, whose adapters alone are written; their config, and where the base model lies.
+    """
     folder = checkpoints / f"step_{state.step}"
     if folder.exists():  # without a manifest: a complete one would have been resumed from
         shutil.rmtree(folder)
     try:
         with new_folder(folder) as temporary:
-            write_weights(model, temporary, torch.float32, _MAX_SHARD_BYTES)
+            if adapter is None:
+                write_weights(model, temporary, "fp32", _MAX_SHARD_BYTES)
+            else:
+                write_adapter(model, adapter[0], temporary, adapter[1])
             write_tensors(temporary / "optimizer.safetensors", optimizers.state_tensors() | _random_state())
             write_json(temporary / "state.json", state.state_dict())
             files = {p.name: {"bytes": p.stat().st_size, "sha256": _checksum(p)} for p in sorted(temporary.iterdir())}
@@ -104,7 +111,7 @@ def load_checkpoint(folder: Path, model: Transformer, optimizers: Optimizers, st
     """
     verify(folder)
     try:
-        fill_weights(model, folder)
+        (fill_adapter if (folder / ADAPTER_CONFIG).exists() else fill_weights)(model, folder)
         with open_tensors(folder / "optimizer.safetensors") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         _restore_random_state(tensors)
@@ -164,7 +171,7 @@ def latest_checkpoint(checkpoints: Path) -> Path | None:
 
 
 def find_weights(path: str | Path) -> Path:
-    """The folder of weights that ``path`` means: a run (its newest checkpoint), a checkpoint, or an export.
+    """The folder of weights that ``path`` means: a run (its newest checkpoint), a checkpoint, an export or an adapter.
 
     Raises:
         CheckpointError: it is none of them, or a checkpoint that does not match its checksums.
@@ -179,23 +186,49 @@ def find_weights(path: str | Path) -> Path:
         path = newest
     if (path / "manifest.json").exists() and (path / "state.json").exists():
         verify(path)
-    if not (path / "config.json").exists():
-        raise CheckpointError(f"{path}: holds no config.json; name a run, a checkpoint or an exported model")
+    if not any((path / name).exists() for name in ("config.json", ADAPTER_CONFIG)):
+        raise CheckpointError(
+            f"{path}: holds neither config.json nor {ADAPTER_CONFIG}; name a run, a checkpoint, an exported model "
+            "or an adapter"
+        )
     return path
 
 
 def find_tokenizer(path: str | Path) -> Path | None:
     """The ``tokenizer.json`` of a run, a checkpoint or an export, if it has one."""
     path = Path(path).resolve()
-    for folder in (path, path.parent.parent):
-        if (folder / "tokenizer.json").is_file():
-            return folder / "tokenizer.json"
-    return None
+    folders = [path, path.parent.parent]
+    if (path / ADAPTER_CONFIG).exists():
+        folders.append(base_of(path))
+    return next((f / "tokenizer.json" for f in folders if (f / "tokenizer.json").is_file()), None)
+
+
+def base_of(adapter: Path) -> Path:
+    """The folder of weights that an adapter was trained on.
+
+    Raises:
+        CheckpointError: it is not named, or not there.
+    """
+    try:
+        name = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{adapter / ADAPTER_CONFIG}: names no base model ({error!r})") from None
+    if not name or not Path(name).is_dir():
+        raise CheckpointError(
+            f"{adapter / ADAPTER_CONFIG}: its base model {name!r} is not here; run this where the path is valid, or "
+            "set base_model_name_or_path in the file"
+        )
+    return Path(name)
 
 
 def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Transformer:
-    """The model of a run, a checkpoint or an export (``find_weights``)."""
-    return load_pretrained(find_weights(path), dtype, device)
+    """The model of a run, a checkpoint, an export (``find_weights``), or an adapter on its base model."""
+    folder = find_weights(path)
+    if not (folder / ADAPTER_CONFIG).exists():
+        return load_pretrained(folder, dtype, device)
+    model = load_pretrained(base_of(folder), dtype, device)
+    load_adapter(model, folder)
+    return model
 
 
 def _step(folder: Path) -> int:

@@ -20,9 +20,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
+from ..data.chat import Effort
 from ..data.loader import SourceConfig
 from ..model.config import ModelConfig
+from ..model.lora import LoRAConfig
 from ..model.recompute import Recompute
+from ..model.released import pretrained_config, without_mtp
 from ..optim.groups import OptimConfig
 from ..optim.schedule import Schedule, Stage
 
@@ -40,11 +43,13 @@ class DataConfig:
     """Where the training rows come from.
 
     Attributes:
-        path: a folder that `openv4 prepare` wrote; null prepares the shipped King James text below the output folder,
-            `???` refuses to: this or `sources` must then be set.
+        path: a folder that `openv4 prepare` wrote, or a .jsonl file of conversations, prepared below the output folder
+            for the pretrained model's tokenizer; null prepares the shipped King James text there, `???` refuses to:
+            this or `sources` must then be set.
         sources: several such folders with weights, instead of `path`.
         vocab_size: of the tokenizer trained for the shipped text.
         join_bytes: of the shipped text: join chapters until they hold so many bytes, for long documents; 0: never.
+        effort, chat_templates: of conversations, as in `openv4 prepare kind=chat`.
         workers: threads that read batches ahead.
         verify: compare every shard with its checksum at start.
     """
@@ -53,6 +58,8 @@ class DataConfig:
     sources: tuple[SourceConfig, ...] = ()
     vocab_size: int = 4096
     join_bytes: int = 0
+    effort: Effort | None = None
+    chat_templates: str | None = None
     workers: int = 1
     verify: bool = True
 
@@ -72,9 +79,14 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class PrecisionConfig:
-    """Dtype of the residual streams and matrix products; weights and optimizer state are always float32."""
+    """Attributes:
+    compute: dtype of the residual streams and matrix products; trained weights and optimizer state are always float32.
+    base: what the frozen weights under LoRA are kept in; `released` leaves them in FP8 and FP4 as they were published,
+        and dequantises each where it is used.
+    """
 
     compute: Literal["fp32", "bf16"] = "fp32"
+    base: Literal["fp32", "bf16", "released"] = "fp32"
 
 
 @dataclass(frozen=True)
@@ -144,6 +156,11 @@ class TrainConfig:
 
     Attributes:
         name: the run's; output: its folder.
+        pretrained: folder of weights to start from, given as `model.pretrained`; what `model` does not say is then read
+            from its config.json. null starts from random weights.
+        lora: train low-rank adapters and freeze all else; null trains all weights.
+        epochs: passes over the data; they set the tokens of the last stage, and shorten its warm-up to at most a
+            quarter of it. null leaves both as they are.
         steps: stop after so many optimizer steps, the schedule unchanged; null trains all stages.
         micro_batch_tokens: tokens that one forward and backward pass takes; gradients add up to the stage's batch.
         grad_clip: bound of the global gradient norm; null for none.
@@ -161,7 +178,10 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    pretrained: str | None = None
+    lora: LoRAConfig | None = None
     seed: int = 0
+    epochs: float | None = None
     steps: int | None = None
     micro_batch_tokens: int = 4096
     grad_clip: float | None = 1.0
@@ -175,6 +195,14 @@ class TrainConfig:
                 raise ConfigError(f"{key} is empty; give the run a {'name' if key == 'name' else 'folder'}")
         if not self.stages:
             raise ConfigError("stages is empty: a run needs at least one stage")
+        if self.lora is None and self.precision.base != "fp32":
+            raise ConfigError(
+                f"precision.base={self.precision.base} is for frozen weights; set lora.rank, or base=fp32"
+            )
+        if self.lora is not None:
+            self._check_lora(self.lora)
+        if self.epochs is not None and not 0 < self.epochs < math.inf:
+            raise ConfigError(f"epochs={self.epochs} must be positive, or null")
         if self.steps is not None and self.steps < 1:
             raise ConfigError(f"steps={self.steps} must be at least 1, or null for all stages")
         if self.grad_clip is not None and not self.grad_clip > 0:
@@ -194,7 +222,22 @@ class TrainConfig:
             raise ConfigError(f"micro_batch_tokens={self.micro_batch_tokens} must be positive")
         if self.threads is not None and self.threads < 1:
             raise ConfigError(f"threads={self.threads} must be at least 1, or null for torch's choice")
-        Schedule(self.stages, self.steps)  # refuses stages that do not go together
+        if self.epochs is None:  # else the data decides
+            Schedule(self.stages, self.steps)  # refuses stages that do not go together
+
+    def _check_lora(self, lora: LoRAConfig) -> None:
+        if self.pretrained is None:
+            raise ConfigError("lora adapts a pretrained model; give model.pretrained=<folder of weights>")
+        for index, stage in enumerate(self.stages):
+            if stage.bias_speed:
+                raise ConfigError(
+                    f"stages.{index}.bias_speed={stage.bias_speed}: with lora the router's biases are frozen; set 0"
+                )
+            if (stage.attention == "indexer_warmup" or stage.indexer_weight) and "indexer" not in lora.targets:
+                raise ConfigError(
+                    f"stages.{index} trains the indexer, which lora freezes; set stages.{index}.indexer_weight=0 or "
+                    "add indexer to lora.targets"
+                )
 
 
 def load_config(overrides: Sequence[str] = ()) -> TrainConfig:
@@ -233,13 +276,37 @@ def from_yaml(schema: type[T], config: DictConfig | str) -> T:
         values = OmegaConf.to_container(node, resolve=True)
     except (OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(_explain(error)) from None
+    if schema is TrainConfig and isinstance(values, dict):
+        values = _with_pretrained(values)
     result: T = _convert(schema, values, "")
     return result
+
+
+def _with_pretrained(values: dict[Any, Any]) -> dict[Any, Any]:
+    """``values`` with the architecture of the pretrained weights, where they name any and do not spell it out."""
+    folder, model = values.get("pretrained"), values.get("model") or {}
+    if folder in ("???", ""):
+        raise ConfigError("model.pretrained is not set; give model.pretrained=<folder of released weights>")
+    if folder is None or not isinstance(model, dict) or "vocab_size" in model:
+        return values
+    config = pretrained_config(Path(str(folder)))
+    if model.get("num_nextn_predict_layers") == 0:
+        config = without_mtp(config)
+    return values | {"model": dataclasses.asdict(config) | model}
 
 
 def to_yaml(config: Any) -> str:
     """The resolved config as YAML that ``from_yaml`` reads back."""
     return OmegaConf.to_yaml(OmegaConf.create(_escaped(dataclasses.asdict(config))))
+
+
+def run_config(checkpoint: str | Path) -> tuple[Path, TrainConfig] | None:
+    """The run that a checkpoint belongs to (or that is named itself), and its config; None for an export."""
+    path = Path(checkpoint).resolve()
+    for folder in (path, path.parent.parent):
+        if (folder / "config.yaml").is_file():
+            return folder, from_yaml(TrainConfig, (folder / "config.yaml").read_text())
+    return None
 
 
 # Some backslashes escape each other; an odd one before ``${`` makes it plain text.
@@ -286,22 +353,27 @@ def normalize(name: str, schema: type[Any], overrides: Sequence[str]) -> list[st
             raise ConfigError(f"{override!r} is not key=value")
         if any("\ud800" <= character <= "\udfff" for character in override):  # how Python passes on other bytes
             raise ConfigError(f"{override!r} is not UTF-8; type it in a UTF-8 terminal, or rename the file")
-        if value in presets.get(key, ()):
-            normal.append(override)
+        if key.lstrip("+") == "model.pretrained":
+            prepared = f"++pretrained={value if _hydra_spelling(value) else _quoted(value)}"
+            if not any(other.startswith("model=") for other in overrides):
+                normal.append("~model")  # its config.json says what the model is
+        elif value in presets.get(key, ()):
+            prepared = override
         elif key == "data" and (Path(value).exists() or "/" in value):
-            normal.append(f"++data.path={_quoted(value)}")
+            prepared = f"++data.path={_quoted(value)}"
         elif key == "data" and equals:
             hint = f", no such preset{_nearest(value, presets[key])}" if key in presets else ""
             raise ConfigError(f"{override}: no such folder{hint}")
         elif key in presets and equals:
             raise ConfigError(f"{override}: no such preset{_nearest(value, presets[key])}")
         else:
+            prepared = override
             if equals and _is_text(schema, key.lstrip("+")) and not _hydra_spelling(value):
-                override = f"{key}={_quoted(value)}"
-            normal.append(override if key[0] in "+~" else f"++{override}")
-    for override, prepared in zip(overrides, normal, strict=True):
+                prepared = f"{key}={_quoted(value)}"
+            prepared = prepared if key[0] in "+~" else f"++{prepared}"
         if not _parses(prepared):
             raise ConfigError(f"{override!r} is not key=value; quote values that hold special characters")
+        normal.append(prepared)
     return normal
 
 

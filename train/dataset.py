@@ -4,11 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..data.loader import Loader
-from ..data.prepare import KING_JAMES, ensure_prepared
+from ..data.packing import pack
+from ..data.prepare import KING_JAMES, ensure_prepared, ensure_prepared_chat
 from ..data.shards import DataError, PreparedData, ShardStore
 from ..model.config import ModelConfig
 from .config import DataConfig
@@ -39,6 +41,11 @@ class Dataset:
         """Validation splits that hold anything."""
         return [store for folder in self.folders if (store := folder.split("validation")).documents]
 
+    def rows(self, row_length: int) -> int:
+        """Rows of ``row_length`` that the training documents fill, packed."""
+        stores = [folder.split("train") for folder in self.folders]
+        return sum(pack(store.length(np.arange(store.documents)), row_length).rows for store in stores)
+
     def token_bytes(self, device: torch.device) -> Tensor:
         """UTF-8 bytes of each token id, ``[V]`` int64; 0 for special tokens."""
         return torch.tensor(self.folders[0].token_bytes, dtype=torch.long, device=device)
@@ -49,15 +56,40 @@ class Dataset:
 
 
 def open_dataset(
-    config: DataConfig, output: Path, model: ModelConfig, progress: Callable[[int, int], None] | None = None
+    config: DataConfig,
+    output: Path,
+    model: ModelConfig,
+    pretrained: str | None = None,
+    longest: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Dataset:
-    """Opens what ``config`` names; the shipped text is prepared below ``output`` first.
+    """Opens what ``config`` names; the shipped text, or a file of conversations, is prepared below ``output`` first.
+
+    Args:
+        pretrained: folder whose tokenizer and chat templates encode the conversations.
+        longest: tokens that a conversation may have; None: any number.
 
     Raises:
         DataError: damaged or missing folders, sources of different tokenizers, token ids beyond ``model.vocab_size``,
             begin and end tokens that the model knows by other ids.
     """
     paths = [Path(path) for path in ([config.path] if config.path else [s.path for s in config.sources])]
+    if config.path and Path(config.path).is_file():
+        if pretrained is None:
+            raise DataError(
+                f"data.path={config.path} is a file: give model.pretrained=<folder>, whose tokenizer encodes it, or "
+                f"prepare it first with `openv4 prepare input={config.path} output=<folder>`"
+            )
+        paths = [
+            ensure_prepared_chat(
+                Path(config.path),
+                output / "data",
+                Path(pretrained),
+                config.effort,
+                config.chat_templates,
+                longest,
+            )
+        ]
     if not paths:
         paths = [ensure_prepared(KING_JAMES, output / "data", config.vocab_size, config.join_bytes, progress)]
     folders = tuple(PreparedData(path, config.verify) for path in paths)
@@ -71,6 +103,12 @@ def open_dataset(
             raise DataError(
                 f"{folder.folder}: documents begin with token {folder.bos} and end with {folder.eos}; set "
                 f"model.bos_token_id={folder.bos} model.eos_token_id={folder.eos}"
+            )
+        split = folder.manifest.splits["train"]
+        if longest is not None and split.trained is not None and split.longest > longest:
+            raise DataError(
+                f"{folder.folder}: its longest conversation has {split.longest} tokens, a row {longest}; raise "
+                f"sequence_length, or prepare with max_tokens={longest} too_long=drop"
             )
         if folder.manifest.tokenizer.sha256 != folders[0].manifest.tokenizer.sha256:
             raise DataError(

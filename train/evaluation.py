@@ -46,7 +46,10 @@ def evaluate(
             if tokens is not None and read >= tokens:
                 break
             read += batch.tokens.numel()
-            losses, targets = token_losses(model, batch.tokens.to(device), batch.segments.to(device), attention)
+            trained = None if batch.trained is None else batch.trained.to(device)
+            losses, targets = token_losses(
+                model, batch.tokens.to(device), batch.segments.to(device), attention, trained
+            )
             predicted = targets >= 0
             size = token_bytes[targets.clamp(min=0)] * predicted
             text = losses[size > 0].double().sum()

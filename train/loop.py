@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,13 @@ from ..data.tokenizer import load_tokenizer
 from ..model.accounting import parameter_table, training_flops_per_token
 from ..model.generate import generate
 from ..model.init import init_weights
+from ..model.lora import add_lora
 from ..model.loss import Counts, training_losses
-from ..model.released import copy_tokenizer, write_json
+from ..model.released import copy_tokenizer, load_pretrained, weights_fingerprint
+from ..model.tensor_files import write_json
 from ..model.transformer import Transformer
 from ..optim.groups import Optimizers, build_optimizers, clip_by_global_norm
-from ..optim.schedule import Plan, Schedule
+from ..optim.schedule import Plan, Schedule, Stage
 from .checkpoint import (
     CheckpointError,
     TrainState,
@@ -81,7 +83,7 @@ def training_step(
     The loss is a sum over tokens divided by the count of the whole step, so its value and gradient do not depend on how
     the step is cut. A step whose gradient norm is not finite changes nothing; the device decides, the host never waits.
     """
-    counts = Counts.of(batch.segments for batch in micro_batches)
+    counts = Counts.of([batch.segments for batch in micro_batches], [batch.trained for batch in micro_batches])
     sums = torch.zeros(6, device=model.embed.weight.device)
     load: dict[str, Tensor] = {}
     details: dict[str, Tensor] = {}
@@ -94,6 +96,7 @@ def training_step(
             mtp=plan.mtp_weight > 0,
             indexer=plan.indexer_weight > 0,
             statistics=statistics and not details,
+            trained=batch.trained,
         )
         losses.total(counts, plan.mtp_weight, plan.balance_weight, plan.indexer_weight).backward()
         sums += torch.stack((losses.main, losses.mtp, losses.balance, *losses.indexer)).detach()
@@ -130,15 +133,14 @@ def train(config: TrainConfig) -> Path:
             ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
         )
         make_deterministic(config, device)
-        schedule = Schedule(config.stages, config.steps)
-        data = open_dataset(config.data, run, config.model)
+        data = open_dataset(config.data, run, config.model, config.pretrained, shortest_row(config))
+        schedule = Schedule(stages(config, data), config.steps)
         loader = data.loader(config.seed, config.data.workers)
 
-        model = Transformer(config.model, COMPUTE_DTYPES[config.precision.compute], config.recompute)
-        init_weights(model, config.seed)
-        model.to(device)
+        model = build_model(config, device)
         optimizers = build_optimizers(model.named_parameters(), model.row_splits(), config.optim)
-        state = TrainState(data=loader.state_dict(), fingerprint=data.fingerprint)
+        base = weights_fingerprint(Path(config.pretrained)) if config.pretrained else ""
+        state = TrainState(data=loader.state_dict(), fingerprint=data.fingerprint, base=base)
         resumed = restore(run, model, optimizers, state, data, config.checkpoint.keep)
         loader.load_state_dict(state.data or {})
         write_config(run, config)
@@ -184,12 +186,53 @@ def train(config: TrainConfig) -> Path:
                 meter.settle(state)
                 state.data = loader.state_dict()
                 with meter.aside():
-                    save_checkpoint(run / "checkpoints", model, optimizers, state, config.checkpoint.keep)
+                    adapter = (config.lora, str(config.pretrained)) if config.lora else None
+                    save_checkpoint(run / "checkpoints", model, optimizers, state, config.checkpoint.keep, adapter)
         if meter.steps == 0 and (state.step > schedule.total_steps or concluded(run, state)):
             terminal.console.print(f"{run}: this run is complete at step {state.step}; raise steps= to go on")
         elif last := schedule.plan(state.step - 1, schedule.tokens_before(state.step - 1)):
             conclude(run, terminal, wandb, config, data, model, state, validator(model, last, whole=True))
     return run
+
+
+def build_model(config: TrainConfig, device: torch.device) -> Transformer:
+    """The model before its first step: random, or pretrained, with fresh adapters where the config asks for LoRA."""
+    compute = COMPUTE_DTYPES[config.precision.compute]
+    if config.pretrained is None:
+        model = Transformer(config.model, compute, config.recompute)
+        init_weights(model, config.seed)
+        return model.to(device)
+    base = config.precision.base
+    model = load_pretrained(
+        config.pretrained,
+        torch.float32 if base == "fp32" else torch.bfloat16,
+        device,
+        mtp=config.model.num_nextn_predict_layers > 0,
+        keep_quantized=base == "released",
+    )
+    if differing := [key for key, value in asdict(config.model).items() if asdict(model.config)[key] != value]:
+        key = differing[0]
+        found, wanted = getattr(model.config, key), getattr(config.model, key)
+        raise ConfigError(f"model.{key}={wanted}: {config.pretrained} has {found}; leave it out")
+    model.compute_dtype, model.recompute = compute, config.recompute
+    if config.lora is not None:
+        add_lora(model, config.lora, config.seed)
+    return model
+
+
+def stages(config: TrainConfig, data: Dataset) -> tuple[Stage, ...]:
+    """The stages of a run; with ``epochs``, the last one is as long as so many passes over the data."""
+    if config.epochs is None:
+        return config.stages
+    last = config.stages[-1]
+    steps = max(1, round(config.epochs * data.rows(last.sequence_length) * last.sequence_length / last.batch_tokens))
+    last = replace(last, tokens=steps * last.batch_tokens, warmup_steps=min(last.warmup_steps, steps // 4))
+    return (*config.stages[:-1], last)
+
+
+def shortest_row(config: TrainConfig) -> int:
+    """What a conversation must fit into."""
+    return min(stage.sequence_length for stage in config.stages)
 
 
 def claim_folder(run: Path, config: TrainConfig, stack: ExitStack) -> None:
@@ -234,7 +277,7 @@ def write_config(run: Path, config: TrainConfig) -> None:
 def differences(before: TrainConfig, now: TrainConfig) -> list[str]:
     """What makes ``now`` another run than ``before``: all that decides a weight. (Data is told by its fingerprint.)"""
     old, new = dict(_leaves(asdict(before))), dict(_leaves(asdict(now)))
-    decisive = ("seed", "grad_clip", "model", "optim", "precision", "stages")
+    decisive = ("seed", "grad_clip", "model", "optim", "precision", "stages", "epochs", "lora")
     keys = [key for key in old | new if key.split(".")[0] in decisive and old.get(key) != new.get(key)]
     found = [f"{key} was {old.get(key)}, now {new.get(key)}" for key in keys[:4]]
     return [*found, f"{len(keys) - 4} more"] if len(keys) > 4 else found
@@ -265,8 +308,13 @@ def restore(
     newest = latest_checkpoint(run / "checkpoints")
     if newest is None:
         return None
-    fingerprint = state.fingerprint
+    fingerprint, base = state.fingerprint, state.base
     load_checkpoint(newest, model, optimizers, state)
+    if state.base != base:
+        raise CheckpointError(
+            f"{newest}: was trained from other weights than those that are in model.pretrained now; "
+            "put them back, or give another output to start a new run"
+        )
     if state.fingerprint != fingerprint:
         raise CheckpointError(
             f"{newest}: was trained on other data than {data.folders[0].folder}; "
@@ -285,6 +333,7 @@ def split_batch(batch: Batch, micro_batch_tokens: int, device: torch.device) -> 
             batch.tokens[i : i + rows].to(device, non_blocking=True),
             batch.segments[i : i + rows].to(device, non_blocking=True),
             batch.pieces[i : i + rows],
+            None if batch.trained is None else batch.trained[i : i + rows].to(device, non_blocking=True),
         )
         for i in starts
     ]
@@ -443,7 +492,10 @@ def conclude(
         summary["validation/untrained_bits_per_byte"] = first.get("validation/untrained_bits_per_byte")
         table = Table("validation", "bits per byte", title=f"{config.name}: {state.tokens:,} tokens trained")
         if summary["validation/untrained_bits_per_byte"] is not None:
-            table.add_row("this model, untrained", f"{summary['validation/untrained_bits_per_byte']:.3f}")
+            table.add_row(
+                f"this model, {'untrained' if config.pretrained is None else 'before'}",
+                f"{summary['validation/untrained_bits_per_byte']:.3f}",
+            )
         order = config.validation.byte_model_order
         if order is not None:
             reference = Validator(config, data, torch.device("cpu")).byte_model(order)
@@ -461,10 +513,14 @@ def conclude(
         ]
         ids = generate(model, prompt, config.logging.sample_tokens, seed=config.seed, stop=(data.eos,))
         print_("a sample: ", tokenizer.decode(ids), markup=False)
-    weights = f"checkpoint={run}"
+    chats = any(folder.manifest.splits["train"].trained is not None for folder in data.folders)
+    question = "chat=true prompt='Hello'" if chats else "prompt='In the beginning'"
     print_(f"loss plot:  {plot}")
     print_("try next:")
-    print_(f"  openv4 generate {weights} prompt='In the beginning'", markup=False)
-    print_(f"  openv4 evaluate {weights}", markup=False)
-    print_(f"  openv4 export {weights} output={run}/export", markup=False)
+    print_(f"  openv4 generate checkpoint={run} {question}", markup=False)
+    print_(f"  openv4 evaluate checkpoint={run}", markup=False)
+    if config.lora is None:
+        print_(f"  openv4 export checkpoint={run} output={run}/export", markup=False)
+    else:
+        print_(f"  openv4 merge adapter={run} output={run}/merged", markup=False)
     write_json(run / "summary.json", finite(summary))

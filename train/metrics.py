@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ..model.released import write_json
+from ..model.tensor_files import write_json
 from ..optim.groups import Optimizers
 
 Row = dict[str, float | int]

@@ -1,0 +1,741 @@
+"""Conversations to tokens in DeepSeek-V4's chat format (recipe 11.1), and replies back from tokens.
+
+`parse_record` reads one conversation and says what is wrong with it; `encode` gives its tokens and which of them the
+assistant writes; `encode_prompt` and `parse_reply` serve generation.
+
+A conversation is first rendered to pieces, in which special tokens stand apart from text. Only such a piece becomes a
+special token's id; the spelling of one inside a text of the data stays text, so data cannot forge a turn.
+"""
+
+import ast
+import hashlib
+import itertools
+import json
+import re
+import string
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, NoReturn
+
+from tokenizers import Tokenizer
+
+from .shards import DataError
+from .tokenizer import ASSISTANT, BOS, EOS, THINK, THINK_END, USER
+
+Effort = Literal["none", "high", "max"]  # no reasoning, reasoning, reasoning after the max-effort prefix
+
+DSML = "\uff5cDSML\uff5c"
+REMINDER = "<\uff5clatest_reminder\uff5c>"
+TASKS = {name: f"<\uff5c{name}\uff5c>" for name in ("action", "query", "authority", "domain", "title", "read_url")}
+REQUIRED_TOKENS = (BOS, EOS, USER, ASSISTANT, THINK, THINK_END)
+OPTIONAL_TOKENS = (DSML, REMINDER, *TASKS.values())  # a tokenizer without one spells it out
+
+_ROLES = ("system", "developer", "user", "assistant", "tool", "latest_reminder")
+_QUESTIONS = ("user", "developer")
+_OWNERS = {  # keys that only messages of these roles may have
+    "reasoning_content": ("assistant",),
+    "tool_calls": ("assistant",),
+    "wo_eos": ("assistant",),
+    "tool_call_id": ("tool",),
+    "tools": ("system", "developer"),
+    "response_format": ("system", "developer"),
+    "task": ("system", "developer", "user", "assistant", "latest_reminder"),
+}
+_SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "function_call": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+}
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A call of a tool; `id` is what its result refers to."""
+
+    name: str
+    arguments: dict[str, Any]
+    id: str | None = None
+
+
+@dataclass(frozen=True)
+class Message:
+    """A message.
+
+    Attributes:
+        role: system, developer, user, assistant, tool (a result) or latest_reminder.
+        reasoning: what an assistant thinks before it answers.
+        tools: schemas of the functions that system and developer messages offer.
+        response_format: a JSON schema that replies must follow.
+        task: a quick instruction after this message, one of `TASKS`; the next assistant message is its result.
+        call_id: the call that a tool's result answers.
+        ends: an end token follows an assistant's message.
+        weight: 0 leaves an assistant's message out of the loss.
+    """
+
+    role: str
+    content: str = ""
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    tools: tuple[dict[str, Any], ...] = ()
+    response_format: Any = None
+    task: str | None = None
+    call_id: str | None = None
+    ends: bool = True
+    weight: int = 1
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages in order, the effort that the record asks for, and where it stands (`file:line`)."""
+
+    messages: tuple[Message, ...]
+    effort: Effort | None = None
+    where: str = "conversation"
+
+
+# The two texts of the release that this project does not copy.
+
+
+@dataclass(frozen=True)
+class Templates:
+    """DeepSeek's prefix for maximal effort and its block that explains tools; None where no file gave them.
+
+    `tool_block` holds the fields of `str.format` in `_TOOL_FIELDS`.
+    """
+
+    max_effort: str | None = None
+    tool_block: str | None = None
+
+    @classmethod
+    def read(cls, path: Path) -> "Templates":
+        """From a release's `encoding_dsv4.py`, which is parsed but never run, or a JSON file with the same two keys.
+
+        Raises:
+            DataError: the file is missing or of another kind, holds neither text, or a tool block without its fields.
+        """
+        try:
+            content = path.read_text(encoding="utf-8")
+            found = _json_strings(content) if path.suffix == ".json" else _python_strings(content)
+        except (OSError, ValueError, SyntaxError) as error:
+            raise DataError(
+                f"chat_templates={path} cannot be read ({_first_line(error)}): name the encoding_dsv4.py of a "
+                "DeepSeek-V4 release, or a .json with max_effort and tool_block"
+            ) from error
+        if found == cls():
+            names = "max_effort nor tool_block" if path.suffix == ".json" else "REASONING_EFFORT_MAX nor TOOLS_TEMPLATE"
+            raise DataError(f"chat_templates={path} holds neither {names}: name the encoding_dsv4.py of a release")
+        if found.tool_block is not None:
+            _check_tool_block(found.tool_block, path)
+        return found
+
+    @classmethod
+    def find(cls, folder: Path) -> "Templates":
+        """Those beside the weights or the tokenizer in `folder`; empty where there are none.
+
+        Raises:
+            DataError: a file is there, but with other texts than DeepSeek-V4's.
+        """
+        for path in (folder / "encoding_dsv4.py", folder / "encoding" / "encoding_dsv4.py"):
+            if path.is_file():
+                found = cls.read(path)
+                for text, (name, length, head, tail) in zip(
+                    (found.max_effort, found.tool_block), _RELEASED, strict=True
+                ):
+                    digest = hashlib.sha256((text or "").encode()).hexdigest()
+                    if text is not None and (len(text), digest[: len(head)], digest[-len(tail) :]) != (
+                        length,
+                        head,
+                        tail,
+                    ):
+                        raise DataError(
+                            f"{path}: {name} is not DeepSeek-V4's (SHA-256 {digest[:8]}, expected {head}), probably "
+                            f"another model's; to use it all the same, set chat_templates={path}"
+                        )
+                return found
+        return cls()
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over both texts."""
+        return hashlib.sha256(json.dumps([self.max_effort, self.tool_block]).encode()).hexdigest()
+
+
+def find_templates(named: str | None, tokenizer: Path) -> Templates:
+    """From the file `named`, else from the folder of the `tokenizer`, a file or a folder."""
+    if named is not None:
+        return Templates.read(Path(named))
+    return Templates.find(tokenizer if tokenizer.is_dir() else tokenizer.parent)
+
+
+# Name, length and the SHA-256's beginning and end of DeepSeek-V4's texts (recipe 11.1).
+_RELEASED = (("REASONING_EFFORT_MAX", 476, "f7a24f3b", "50f7"), ("TOOLS_TEMPLATE", 1075, "09b7269d", "1fd8"))
+_TOOL_FIELDS = {"dsml_token": DSML, "thinking_start_token": THINK, "thinking_end_token": THINK_END, "tool_schemas": ""}
+
+
+def _json_strings(content: str) -> Templates:
+    values = json.loads(content)
+    if not isinstance(values, dict):
+        raise ValueError(f"a JSON {type(values).__name__}, no object")
+    for key in ("max_effort", "tool_block"):
+        if not isinstance(values.get(key), str | None):
+            raise ValueError(f"{key} is no string")
+    return Templates(values.get("max_effort"), values.get("tool_block"))
+
+
+def _python_strings(content: str) -> Templates:
+    values: dict[str, str] = {}
+    for node in ast.parse(content).body:
+        if not isinstance(node, ast.Assign | ast.AnnAssign):
+            continue
+        for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+            if isinstance(target, ast.Name) and target.id in ("REASONING_EFFORT_MAX", "TOOLS_TEMPLATE"):
+                if not (isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)):
+                    raise ValueError(f"line {node.lineno}: {target.id} is no plain string")
+                values[target.id] = node.value.value
+    return Templates(values.get("REASONING_EFFORT_MAX"), values.get("TOOLS_TEMPLATE"))
+
+
+def _check_tool_block(block: str, path: Path) -> None:
+    try:
+        fields = {name for _, name, _, _ in string.Formatter().parse(block) if name is not None}
+    except ValueError as error:
+        raise DataError(f"chat_templates={path}: the tool block's braces do not match ({error})") from error
+    if not {"tool_schemas"} <= fields <= set(_TOOL_FIELDS):
+        raise DataError(
+            f"chat_templates={path}: the tool block has the fields {sorted(fields)}; it needs tool_schemas, and none "
+            f"but {', '.join(sorted(_TOOL_FIELDS))}"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+# Reading a record.
+
+
+def parse_record(record: Any, where: str) -> Conversation:
+    """A conversation from a JSON object: OpenAI's `messages` or ShareGPT's `conversations`.
+
+    Beside them the object may hold `tools`, `effort` and, in ShareGPT's form, `system`; other keys are passed over.
+
+    Raises:
+        DataError: one line with `where`, the number of the message (from 1) and what is wrong with it.
+    """
+    if not isinstance(record, dict):
+        _refuse(where, f"not a JSON object but {type(record).__name__}; a line is one conversation")
+    _refuse_surrogates(record, where)
+    forms = {"messages": _openai_message, "conversations": _sharegpt_message}
+    given = [key for key in forms if key in record]
+    if len(given) != 1:
+        _refuse(where, f"needs either 'messages' or 'conversations', it has {sorted(record)}")
+    entries = record[given[0]]
+    if not isinstance(entries, list):
+        _refuse(where, f"{given[0]!r} is not a list but {type(entries).__name__}")
+    if not entries:
+        _refuse(where, f"{given[0]!r} is empty")
+    messages = [forms[given[0]](entry, f"{where}: message {number}") for number, entry in enumerate(entries, 1)]
+    _check_order(messages, where)
+    if given[0] == "conversations" and record.get("system"):
+        messages.insert(0, _openai_message({"role": "system", "content": record["system"]}, where))
+    if tools := _tools(record.get("tools"), where):
+        if messages[0].role != "system":
+            messages.insert(0, Message("system"))
+        if messages[0].tools:
+            _refuse(where, "the tools are given twice, beside the messages and in the system message")
+        messages[0] = replace(messages[0], tools=tools)
+    effort = record.get("effort")
+    if effort not in (None, "none", "high", "max"):
+        _refuse(where, f"effort={effort!r}: must be none, high or max")
+    weights = [message.weight for message in messages if message.role == "assistant"]
+    if not any(weights):
+        _refuse(where, "every assistant message has weight 0" if weights else "no assistant message: nothing to learn")
+    return Conversation(tuple(messages), effort, where)
+
+
+def _refuse(where: str, problem: str) -> NoReturn:
+    raise DataError(f"{where}: {problem}")
+
+
+def _refuse_surrogates(record: dict[str, Any], where: str) -> None:
+    def broken(value: Any) -> bool:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            return True
+        return False
+
+    if broken(record):
+        entries = record.get("messages", record.get("conversations"))
+        numbers = [n for n, e in enumerate(entries, 1) if broken(e)] if isinstance(entries, list) else []
+        at = f"{where}: message {numbers[0]}" if numbers else where
+        _refuse(at, "holds half a surrogate pair, which is no text")
+
+
+def _openai_message(entry: Any, at: str) -> Message:
+    if not isinstance(entry, dict):
+        _refuse(at, f"not a JSON object but {type(entry).__name__}")
+    role = entry.get("role")
+    if role not in _ROLES:
+        _refuse(at, f"unknown role {role!r}; known are {', '.join(_ROLES)}")
+    if entry.get("function_call"):
+        _refuse(at, "'function_call' is OpenAI's old form; write it as 'tool_calls'")
+    for key, owners in _OWNERS.items():
+        if entry.get(key) and role not in owners:
+            _refuse(at, f"{key!r} in a message of role {role}; it belongs to {' or '.join(owners)}")
+    weight, ends, task = entry.get("weight", 1), not entry.get("wo_eos"), entry.get("task")
+    if weight is None or role != "assistant":
+        weight = 1
+    if weight not in (0, 1):
+        _refuse(at, f"weight={weight!r}: must be 0 or 1")
+    if task is not None and task not in tuple(TASKS):
+        _refuse(at, f"unknown task {task!r}; known are {', '.join(TASKS)}")
+    call_id = entry.get("tool_call_id")
+    if not isinstance(call_id, str | None):
+        _refuse(at, f"'tool_call_id' is not a string but {type(call_id).__name__}")
+    message = Message(
+        role,
+        _text(entry.get("content"), at, "content"),
+        _text(entry.get("reasoning_content"), at, "reasoning_content"),
+        _tool_calls(entry.get("tool_calls"), at),
+        _tools(entry.get("tools"), at),
+        entry.get("response_format"),
+        task,
+        call_id,
+        ends,
+        int(weight),
+    )
+    if role not in ("system", "tool") and not message.content.strip() and not message.tool_calls:
+        _refuse(at, f"the {role}'s content is empty")
+    return message
+
+
+def _sharegpt_message(entry: Any, at: str) -> Message:
+    if not isinstance(entry, dict):
+        _refuse(at, f"not a JSON object but {type(entry).__name__}")
+    source, value = entry.get("from"), entry.get("value")
+    if source not in tuple(_SHAREGPT_ROLES):
+        _refuse(at, f"unknown sender {source!r}; known are {', '.join(_SHAREGPT_ROLES)}")
+    rest = {key: content for key, content in entry.items() if key not in ("from", "value", "role", "content")}
+    if source != "function_call":
+        return _openai_message({**rest, "role": _SHAREGPT_ROLES[source], "content": value}, at)
+    calls = _json(value, at, "the function call") if isinstance(value, str) else value
+    calls = [{"function": call} for call in (calls if isinstance(calls, list) else [calls])]
+    return _openai_message({**rest, "role": "assistant", "tool_calls": calls}, at)
+
+
+def _text(value: Any, at: str, key: str) -> str:
+    """A string, or OpenAI's list of text blocks, which a blank line separates; null is empty."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    if not isinstance(value, list):
+        _refuse(at, f"{key!r} is not a string but {type(value).__name__}")
+    for block in value:
+        if not (isinstance(block, dict) and block.get("type") == "text" and isinstance(block.get("text"), str)):
+            _refuse(at, f"{key!r} holds a block that is no text: {json.dumps(block, ensure_ascii=False)[:60]}")
+    return "\n\n".join(block["text"] for block in value)
+
+
+def _tool_calls(value: Any, at: str) -> tuple[ToolCall, ...]:
+    if value is not None and not isinstance(value, list):
+        _refuse(at, f"'tool_calls' is not a list but {type(value).__name__}")
+    calls = []
+    for call in value or ():
+        function = call.get("function") if isinstance(call, dict) else None
+        name = function.get("name") if isinstance(function, dict) else None
+        if not isinstance(function, dict) or not isinstance(name, str) or not name:
+            _refuse(at, "a tool call needs {'function': {'name': ..., 'arguments': ...}}")
+        what = f"the arguments of tool {name!r}"
+        arguments = function.get("arguments", {})
+        if isinstance(arguments, str):
+            arguments = _json(arguments, at, what)
+        if not isinstance(arguments, dict):
+            _refuse(at, f"{what} are not a JSON object but {type(arguments).__name__}")
+        if not isinstance(call.get("id"), str | None):
+            _refuse(at, f"the id of a call of {name!r} is not a string")
+        calls.append(ToolCall(name, arguments, call.get("id")))
+    return tuple(calls)
+
+
+def _tools(value: Any, at: str) -> tuple[dict[str, Any], ...]:
+    """The functions of OpenAI's list of tools, which may also be its JSON text, or a list of bare functions."""
+    if isinstance(value, str) and value:
+        value = _json(value, at, "'tools'")
+    if value and not isinstance(value, list):
+        _refuse(at, f"'tools' is not a list but {type(value).__name__}")
+    functions = []
+    for number, tool in enumerate(value or (), 1):
+        function = tool.get("function", tool) if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            _refuse(at, f"tool {number} needs {{'type': 'function', 'function': {{'name': ..., 'parameters': ...}}}}")
+        functions.append(function)
+    return tuple(functions)
+
+
+def _json(content: str, at: str, what: str) -> Any:
+    def refuse_constant(name: str) -> NoReturn:
+        raise ValueError(f"{name} is no JSON")
+
+    try:
+        return json.loads(content, parse_constant=refuse_constant)
+    except ValueError as error:
+        raise DataError(f"{at}: {what}: not valid JSON ({error})") from error
+
+
+def _check_order(messages: Sequence[Message], where: str) -> None:
+    """Whether each message has its place.
+
+    Raises:
+        DataError: an answer without a question, two answers in a row, a result that no call asked for.
+    """
+    question: Message | None = None  # what the next assistant message answers; a reminder may stand between
+    turn: Message | None = None  # the first message of the user turn at hand
+    calls: set[str | None] = set()
+    for number, message in enumerate(messages, 1):
+        at = f"{where}: message {number}"
+        if message.role == "assistant":
+            if question is None or (question.role == "system" and question.task is None):
+                _refuse(at, "an assistant message with nothing before it to answer; begin with a user message")
+            if question.role == "assistant" and question.task is None:
+                _refuse(at, "two assistant messages in a row; join them, or give the first a task")
+            calls = {call.id for call in message.tool_calls}
+        if message.role == "tool" and message.call_id is not None and not calls & {None, message.call_id}:
+            _refuse(at, f"tool_call_id={message.call_id!r} is the id of no call of the assistant message before it")
+        if message.role not in ("user", "tool"):
+            turn = None
+        elif turn is None or (message.role == "user" and turn.task is not None):
+            turn = message
+        elif message.task is not None:
+            _refuse(
+                at, "this user message joins the one before it, and its task would be lost; give the first the task"
+            )
+        if message.role != "latest_reminder":
+            question = message
+
+
+# From messages to pieces of text and special tokens.
+
+
+class Piece(NamedTuple):
+    """A stretch of text, or the spelling of one special token.
+
+    `weight` is None in what the assistant is given; in what it writes, whether that counts for the loss.
+    """
+
+    text: str
+    special: bool = False
+    weight: int | None = None
+
+
+def chosen_effort(conversation: Conversation, effort: Effort | None) -> Effort:
+    """`effort`, else the record's own, else "high" if the assistant reasons after the last question, else "none"."""
+    if effort is not None or conversation.effort is not None:
+        return effort or conversation.effort or "none"
+    after = itertools.takewhile(lambda message: message.role not in _QUESTIONS, reversed(conversation.messages))
+    return "high" if any(message.reasoning.strip() for message in after) else "none"
+
+
+def render(conversation: Conversation, effort: Effort, templates: Templates) -> list[Piece]:
+    """The whole conversation in order. Where its last message is no assistant's, it ends as a prompt does.
+
+    Raises:
+        DataError: the conversation needs a text that `templates` lacks.
+    """
+    thinking = effort != "none"
+    turns = _turns(conversation.messages)
+    keeps = any(turn.tools for turn in turns)
+    last = _last_question(turns)
+    if thinking and not keeps:  # earlier developer messages go; earlier reasoning is passed over below
+        turns = [turn for index, turn in enumerate(turns) if turn.role != "developer" or index >= last]
+        last = _last_question(turns)
+
+    pieces = [Piece(BOS, special=True)]
+    if effort == "max":
+        pieces += _trusted(_need(templates.max_effort, "effort=max needs the max-effort prefix", conversation.where))
+    for index, turn in enumerate(turns):
+        if turn.role == "assistant":
+            answers_task = index > 0 and turns[index - 1].task is not None
+            pieces += _reply(turn, thinking and not answers_task and (keeps or index > last))
+        else:
+            pieces += _given(turn, templates, conversation.where)
+        if index + 1 == len(turns) or turns[index + 1].role in ("assistant", "latest_reminder"):
+            pieces += _opening(turn, thinking, keeps or index >= last)
+    return pieces
+
+
+def _last_question(turns: Sequence[Message]) -> int:
+    return max((index for index, turn in enumerate(turns) if turn.role in _QUESTIONS), default=-1)
+
+
+def _turns(messages: Iterable[Message]) -> list[Message]:
+    """Messages with tool results and user texts that follow each other joined to one user turn.
+
+    Results come in the order of the calls, at the places that results have in the turn.
+    """
+    turns: list[Message] = []
+    order: dict[str | None, int] = {}
+    blocks: list[tuple[int | None, str]] = []  # of the turn at hand: a result's rank, or None for a user's text
+    for message in messages:
+        if message.role not in ("user", "tool"):
+            if message.tool_calls:
+                order = {call.id: index for index, call in enumerate(message.tool_calls) if call.id is not None}
+            turns.append(message)
+            continue
+        if not (turns and turns[-1].role == "user" and (message.role == "tool" or turns[-1].task is None)):
+            turns.append(replace(message, role="user"))
+            blocks = []
+        if message.role == "tool":
+            blocks.append((order.get(message.call_id, 0), f"<tool_result>{message.content}</tool_result>"))
+        else:
+            blocks.append((None, message.content))
+        results = iter(sorted((block for block in blocks if block[0] is not None), key=lambda block: block[0] or 0))
+        content = "\n\n".join(text if rank is None else next(results)[1] for rank, text in blocks)
+        turns[-1] = replace(turns[-1], content=content)
+    return turns
+
+
+def _given(turn: Message, templates: Templates, where: str) -> list[Piece]:
+    """What the assistant is given: a turn of any role but its own."""
+    token = {"user": USER, "developer": USER, "latest_reminder": REMINDER}.get(turn.role)
+    pieces = [] if token is None else [Piece(token, special=True)]
+    pieces.append(Piece(turn.content))
+    if turn.tools:
+        block = _need(templates.tool_block, "the conversation offers tools, which need the tool block", where)
+        schemas = "\n".join(_to_json(tool) for tool in turn.tools)
+        pieces.append(Piece("\n\n"))
+        for text, name, _, _ in string.Formatter().parse(block):
+            pieces += _trusted(text)
+            if name is not None:
+                pieces.append(Piece(schemas) if name == "tool_schemas" else Piece(_TOOL_FIELDS[name], special=True))
+    if turn.response_format:
+        # The sentence is part of the format: another one would be other tokens.
+        rule = "## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n"
+        pieces.append(Piece(f"\n\n{rule}{_to_json(turn.response_format)}"))
+    return pieces
+
+
+def _reply(turn: Message, reasons: bool) -> list[Piece]:
+    """What the assistant writes."""
+    pieces = [Piece(turn.reasoning), Piece(THINK_END, special=True)] if reasons else []
+    pieces.append(Piece(turn.content))
+    if turn.tool_calls:
+        pieces += [Piece("\n\n"), *_tag("tool_calls"), Piece("\n")]
+        for call in turn.tool_calls:
+            pieces += [*_tag(f'invoke name="{call.name}"'), Piece("\n")]
+            for index, (key, value) in enumerate(call.arguments.items()):
+                spelled = value if isinstance(value, str) else _to_json(value)
+                kind = "true" if isinstance(value, str) else "false"
+                pieces.append(Piece("\n" if index else ""))
+                pieces += [*_tag(f'parameter name="{key}" string="{kind}"'), Piece(spelled), *_tag("parameter", "</")]
+            pieces += [Piece("\n"), *_tag("invoke", "</"), Piece("\n")]
+        pieces += _tag("tool_calls", "</")
+    if turn.ends:
+        pieces.append(Piece(EOS, special=True))
+    return [piece._replace(weight=turn.weight) for piece in pieces]
+
+
+def _tag(content: str, bracket: str = "<") -> list[Piece]:
+    return [Piece(bracket), Piece(DSML, special=True), Piece(f"{content}>")]
+
+
+def _opening(turn: Message, thinking: bool, reasons: bool) -> list[Piece]:
+    """What stands between a turn and the reply to it."""
+    if turn.task == "action":
+        names = [ASSISTANT, THINK if thinking else THINK_END, TASKS["action"]]
+    elif turn.task is not None:
+        names = [TASKS[turn.task]]
+    elif turn.role in _QUESTIONS:
+        names = [ASSISTANT, THINK if thinking and reasons else THINK_END]
+    else:
+        names = []
+    return [Piece(name, special=True) for name in names]
+
+
+def _trusted(text: str) -> list[Piece]:
+    """A template's text, in which special tokens may be spelled out."""
+    names = (*REQUIRED_TOKENS, *OPTIONAL_TOKENS)
+    parts = re.split(f"({'|'.join(map(re.escape, names))})", text)
+    return [Piece(part, part in names) for part in parts]
+
+
+def _need(text: str | None, what: str, where: str) -> str:
+    if text is None:
+        raise DataError(
+            f"{where}: {what} of DeepSeek-V4's release: set chat_templates=<its encoding_dsv4.py>, or keep that file "
+            "beside the tokenizer"
+        )
+    return text
+
+
+def _to_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+# From pieces to tokens.
+
+
+class Encoded(NamedTuple):
+    """A conversation's token ids, and for each whether the loss counts it: what the assistant wrote with weight 1."""
+
+    ids: list[int]
+    trained: list[bool]
+
+
+def encode(
+    conversation: Conversation, tokenizer: Tokenizer, effort: Effort | None = None, templates: Templates | None = None
+) -> Encoded:
+    """A conversation as tokens, from the begin token on.
+
+    Args:
+        tokenizer: as `load_tokenizer` gives it.
+        effort: for all conversations alike; None takes each record's own, or what `chosen_effort` finds.
+
+    Raises:
+        DataError: the tokenizer lacks one of `REQUIRED_TOKENS`, or the conversation needs a missing template.
+    """
+    return encode_batch([conversation], tokenizer, effort, templates)[0]
+
+
+def encode_batch(
+    conversations: Sequence[Conversation],
+    tokenizer: Tokenizer,
+    effort: Effort | None = None,
+    templates: Templates | None = None,
+) -> list[Encoded]:
+    """`encode` of each, with the tokenizer's threads."""
+    templates = templates or Templates()
+    rendered = [render(c, chosen_effort(c, effort), templates) for c in conversations]
+    return _tokenize(rendered, tokenizer)
+
+
+def encode_prompt(
+    messages: Sequence[dict[str, Any]],
+    tokenizer: Tokenizer,
+    effort: Effort | None = None,
+    templates: Templates | None = None,
+) -> list[int]:
+    """Tokens of OpenAI messages, up to where the assistant begins to write; `effort` None is "none".
+
+    Raises:
+        DataError: as `parse_record` and `encode`, or the last message leaves nothing to answer.
+    """
+    _refuse_surrogates({"messages": list(messages)}, "prompt")
+    parsed = [_openai_message(message, f"prompt: message {number}") for number, message in enumerate(messages, 1)]
+    _check_order(parsed, "prompt")
+    if not parsed or (parsed[-1].role not in (*_QUESTIONS, "tool") and parsed[-1].task is None):
+        last = f"it is by {parsed[-1].role}" if parsed else "there is none"
+        raise DataError(f"prompt: the last message must be a user's or a tool's result; {last}")
+    pieces = render(Conversation(tuple(parsed), where="prompt"), effort or "none", templates or Templates())
+    return _tokenize([pieces], tokenizer)[0].ids
+
+
+def special_token_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """Ids of the chat format's special tokens, those of `OPTIONAL_TOKENS` where the tokenizer has them.
+
+    Raises:
+        DataError: one of `REQUIRED_TOKENS` is missing.
+        ValueError: the tokenizer would turn a special token's spelling in a text into the token.
+    """
+    ids = {name: tokenizer.token_to_id(name) for name in (*REQUIRED_TOKENS, *OPTIONAL_TOKENS)}
+    missing = [name for name in REQUIRED_TOKENS if ids[name] is None]
+    if missing:
+        raise DataError(
+            f"the tokenizer has no token {' '.join(missing)}: chat needs DeepSeek's, or one that openv4 trained"
+        )
+    found = {name: id_ for name, id_ in ids.items() if id_ is not None}
+    if not set(tokenizer.encode(" ".join(found), add_special_tokens=False).ids).isdisjoint(found.values()):
+        raise ValueError("the tokenizer takes special tokens from text: load it with load_tokenizer")
+    return found
+
+
+def _tokenize(rendered: Sequence[Sequence[Piece]], tokenizer: Tokenizer) -> list[Encoded]:
+    """Each text between two special tokens is encoded in one go, but never across the border of what is written.
+
+    A tokenizer given the whole string would do the same, except for the border: a prompt ends there, so that no token
+    of the reply may depend on what stands before it.
+    """
+    special = special_token_ids(tokenizer)
+    texts: list[str] = []
+    plans: list[list[tuple[int | None, int | None]]] = []  # per run its special token's id or None for text, its weight
+    for pieces in rendered:
+        plan = []
+        keyed = (((special.get(p.text) if p.special else None, p.weight), p.text) for p in pieces if p.text)
+        for (id_, weight), run in itertools.groupby(keyed, lambda pair: pair[0]):
+            joined = [text for _, text in run]
+            if id_ is None:
+                texts.append("".join(joined))
+            plan += [(id_, weight)] * (1 if id_ is None else len(joined))
+        plans.append(plan)
+    encoded = iter(tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+    result = []
+    for plan in plans:
+        ids: list[int] = []
+        trained: list[bool] = []
+        for id_, weight in plan:
+            new = next(encoded).ids if id_ is None else [id_]
+            ids += new
+            trained += [bool(weight)] * len(new)
+        result.append(Encoded(ids, trained))
+    return result
+
+
+# Replies.
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a model wrote; `finished` if it wrote the end token. Calls cut short are left out."""
+
+    reasoning: str = ""
+    content: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    finished: bool = False
+
+
+def parse_reply(ids: Sequence[int], tokenizer: Tokenizer, effort: Effort = "none") -> Reply:
+    """The tokens that followed a prompt of this `effort`, taken apart. A reply that ends anywhere is no error."""
+    special = special_token_ids(tokenizer)
+    ids = list(ids)
+    finished = special[EOS] in ids
+    if finished:
+        ids = ids[: ids.index(special[EOS])]
+    reasoning: list[int] = []
+    if effort != "none":
+        end = ids.index(special[THINK_END]) if special[THINK_END] in ids else len(ids)
+        reasoning, ids = ids[:end], ids[end + 1 :]
+    # A mark that no text holds, so that only the token itself opens a call.
+    mark = "\0" if DSML in special else DSML
+    parts = [list(group) for _, group in itertools.groupby(ids, lambda id_: id_ == special.get(DSML))]
+    text = "".join(
+        mark * len(part) if part[0] == special.get(DSML) else tokenizer.decode(part, skip_special_tokens=False)
+        for part in parts
+    )
+    content, calls, block = text.partition(f"\n\n<{mark}tool_calls>\n")
+    return Reply(
+        tokenizer.decode(reasoning, skip_special_tokens=False),
+        content.replace(mark, DSML),
+        tuple(_calls(block, mark)) if calls else (),
+        finished,
+    )
+
+
+def _calls(block: str, mark: str) -> Iterable[ToolCall]:
+    m = re.escape(mark)
+    parameter = re.compile(rf'<{m}parameter name="(.*?)" string="(true|false)">(.*?)</{m}parameter>', re.DOTALL)
+    for name, content in re.findall(rf'<{m}invoke name="(.*?)">\n(.*?)\n</{m}invoke>', block, re.DOTALL):
+        yield ToolCall(name, {key: _value(text, kind) for key, kind, text in parameter.findall(content)})
+
+
+def _value(text: str, kind: str) -> Any:
+    if kind == "true":
+        return text
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

@@ -1,0 +1,90 @@
+"""`openv4 preview` as users type it: what is trained shows with and without colour."""
+
+import json
+import re
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+from chat_cases import chat_tokenizer
+
+from openv4.launch import cli
+
+MESSAGES = [
+    {"role": "system", "content": "Be [bold]brief[/bold]."},
+    {"role": "user", "content": "Say <think>."},
+    {"role": "assistant", "content": "caf\u00e9 [red]", "reasoning_content": "Hm."},
+    {"role": "user", "content": "Bye"},
+    {"role": "assistant", "content": "Ok", "weight": 0},
+]
+BOS, EOS = "<\uff5cbegin\u2581of\u2581sentence\uff5c>", "<\uff5cend\u2581of\u2581sentence\uff5c>"
+USER, ASSISTANT = "<\uff5cUser\uff5c>", "<\uff5cAssistant\uff5c>"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    chat_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    lines = [json.dumps({"messages": MESSAGES}), "", json.dumps({"messages": MESSAGES[1:3]})]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    return tmp_path
+
+
+@pytest.fixture
+def preview(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def run(*arguments: str, fails: bool = False) -> tuple[str, str]:
+        command = ["openv4", "preview", f"input={folder}/a.jsonl", f"tokenizer={folder}", *arguments]
+        monkeypatch.setattr(sys, "argv", command)
+        with pytest.raises(SystemExit, match="2") if fails else nullcontext():
+            cli.main()
+        result = capsys.readouterr()
+        return result.out, result.err
+
+    return run
+
+
+def test_without_colour_marks_show_what_is_trained(preview, folder):
+    out, _ = preview()
+    legend, text, counts = out.splitlines()
+    assert legend == "{+trained+}  prompt  special token"
+    prompt = f"{BOS}Be [bold]brief[/bold].{USER}Say <think>.{ASSISTANT}</think>"
+    assert text == f"{prompt}{{+caf\u00e9 [red]{EOS}+}}{USER}Bye{ASSISTANT}</think>Ok{EOS}"
+    assert re.fullmatch(
+        rf"{re.escape(str(folder))}/a\.jsonl:1: 5 messages, effort none, \d+ tokens, (\d+) trained \(\d+%\)", counts
+    )
+    trained = len(chat_tokenizer().encode("caf\u00e9 [red]").ids) + 1
+    assert f", {trained} trained" in counts
+
+
+def test_index_counts_conversations_and_effort_is_taken(preview):
+    out, _ = preview("index=1")
+    assert f"{ASSISTANT}<think>{{+Hm.</think>caf\u00e9 [red]{EOS}+}}" in out
+    assert "a.jsonl:3: 2 messages, effort high" in out
+    out, _ = preview("index=1", "effort=none")
+    assert f"{ASSISTANT}</think>{{+caf\u00e9" in out and "effort none" in out
+
+
+def test_with_colour_what_is_trained_is_underlined(preview, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    out, _ = preview()
+    assert "{+" not in out
+    underlined = "".join(re.findall(r"\x1b\[(?:\d+;)*4(?:;\d+)*m([^\x1b]*)\x1b\[0m", out.split("\n", 1)[1]))
+    assert underlined == f"caf\u00e9 [red]{EOS}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["index=2"], "index=2: .*a.jsonl holds 2 conversations, counted from 0"),
+        (["index=-1"], "index=-1 must be at least 0"),
+        (["effort=low"], "effort"),
+        (["effort=max"], r"a\.jsonl:1: effort=max needs the max-effort prefix"),
+        (["chat_templates=nowhere.py"], r"chat_templates=nowhere\.py cannot be read"),
+        (["tokenizer=nowhere"], "no tokenizer at nowhere"),
+    ],
+)
+def test_mistakes_are_one_line(preview, arguments, message):
+    _, err = preview(*arguments, fails=True)
+    assert re.search(message, err) and err.startswith("error: ") and err.count("\n") == 1
