@@ -34,6 +34,7 @@ COMMANDS = {
         "write the released format, which transformers loads", "openv4 export checkpoint=runs/smoke output=my_model"
     ),
     "inspect": Command("what a folder of weights holds", "openv4 inspect DeepSeek-V4-Flash"),
+    "plan": Command("does LoRA on a model fit a machine?", "openv4 plan model=v4_flash gpus=8 row_tokens=16384"),
     "merge": Command("fold LoRA adapters into their weights", "openv4 merge adapter=runs/lora output=my_model"),
 }
 

@@ -79,7 +79,11 @@ DISTRIBUTIONS: dict[str, Distribution] = {
 def init_weights(model: Transformer, seed: int = 0) -> None:
     """Fills every parameter and buffer of ``model`` (which must not be on the meta device)."""
     for name, tensor in model.state_dict(keep_vars=True).items():
-        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
         draw = next(draw for ending, draw in DISTRIBUTIONS.items() if name.endswith(ending))
-        draw(tensor, model.config, generator)
+        draw(tensor, model.config, generator_of(seed, name))
+
+
+def generator_of(seed: int, name: str) -> torch.Generator:
+    """The generator of one tensor's weights."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))

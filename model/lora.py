@@ -14,7 +14,6 @@ shapes are transformers' (recipe 8.4); how it stacks adapters of experts and nes
 own files.
 """
 
-import hashlib
 import json
 import math
 import re
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 from ..kernels.moe import ExpertAdapters, LowRank
 from ..kernels.norm import at_least_fp32
 from .config import ModelConfig
+from .init import generator_of
 from .layers import GroupedLinear, Linear
 from .moe import Experts
 from .tensor_files import WeightsError, new_folder, open_tensors, write_json, write_tensors
@@ -261,6 +261,19 @@ def _adapters(model: Transformer) -> dict[_Site, Adapter]:
     return {site: module for site, module in found.items() if isinstance(module, Adapter)}
 
 
+def adapter_shapes(model: Transformer, config: LoRAConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of what ``add_lora`` would add, by name."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for site in _sites(model):
+        *stack, outputs, inputs = site.shape
+        if site.part in config.parts:
+            shapes |= {
+                f"{site.lora}.A": (*stack, config.rank, inputs),
+                f"{site.lora}.B": (*stack, outputs, config.rank),
+            }
+    return shapes
+
+
 def lora_parameters(model: Transformer) -> dict[str, nn.Parameter]:
     """The adapters' parameters by name, e.g. ``layers.0.attn.wq_a.lora.A``: what is trained, saved, resumed."""
     return {name: parameter for name, parameter in model.named_parameters() if ".lora." in name}
@@ -284,8 +297,7 @@ def add_lora(model: Transformer, config: LoRAConfig, seed: int = 0) -> None:
     for site, adapter in _attach(
         model, {site: (config.rank, config.scale) for site in sites if site.part in config.parts}, config.dropout
     ).items():
-        digest = hashlib.sha256(f"{seed}/{site.lora}.A".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+        generator = generator_of(seed, f"{site.lora}.A")
         bound = adapter.A.shape[-1] ** -0.5
         with torch.no_grad():
             adapter.A.copy_(torch.empty(adapter.A.shape).uniform_(-bound, bound, generator=generator))

@@ -17,6 +17,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -186,7 +187,10 @@ def write_release(
         WeightsError: values that are not finite, or a matrix that FP4 cannot pack. OSError: the disk refused.
     """
     named = {**{name: name for name in weights}, **(copies or {})}
-    sizes = {name: _stored_bytes(source, weights[source], format) for name, source in named.items()}
+    sizes = {
+        name: stored_bytes(source, weights[source].shape, weights[source].dtype, format)
+        for name, source in named.items()
+    }
     total, done = sum(sizes.values()), 0
     shards = _shards(sizes, max_shard_bytes)
     weight_map: dict[str, str] = {}
@@ -588,12 +592,13 @@ def _kind(name: str, dtype: torch.dtype, format: Format) -> torch.dtype | Litera
     return "fp4" if format == "fp4+fp8" and _EXPERT.search(name) else "fp8"
 
 
-def _stored_bytes(name: str, weight: Weight, format: Format) -> int:
-    kind = _kind(name, weight.dtype, format)
-    elements = torch.Size(weight.shape).numel()
+def stored_bytes(name: str, shape: tuple[int, ...], dtype: torch.dtype, format: Format) -> int:
+    """Size of a tensor in a format, its scale included."""
+    kind = _kind(name, dtype, format)
+    elements = prod(shape)
     if isinstance(kind, torch.dtype):
         return elements * kind.itemsize
-    scales = torch.Size(_scale_shape(weight.shape, kind)).numel() * (1 if format == "fp4+fp8" else 4)
+    scales = prod(_scale_shape(shape, kind)) * (1 if format == "fp4+fp8" else 4)
     return scales + (elements // 2 if kind == "fp4" else elements)
 
 

@@ -104,7 +104,7 @@ def unpack(packed: Codes) -> Codes:
 
 def pack(codes: Codes) -> Codes:
     """The bytes of FP4 codes ``[..., I]``."""
-    return codes[..., 0::2] | codes[..., 1::2] << 4
+    return (codes[..., 0::2] | codes[..., 1::2] << 4).astype(np.uint8)
 
 
 def bf16(values: npt.ArrayLike) -> npt.NDArray[np.uint16]:
@@ -117,7 +117,8 @@ def fits_bf16(values: Values) -> npt.NDArray[np.bool_]:
     """Whether bfloat16, subnormals included, holds each value exactly."""
     with np.errstate(over="ignore"):
         single = values.astype(np.float32)
-    return (single == values) & (single.view(np.uint32) & 0xFFFF == 0)
+    fits: npt.NDArray[np.bool_] = (single == values) & (single.view(np.uint32) & 0xFFFF == 0)
+    return fits
 
 
 def spread(scales: Values, shape: tuple[int, ...], block: tuple[int, int]) -> Values:

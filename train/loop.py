@@ -216,7 +216,10 @@ def build_model(config: TrainConfig, device: torch.device) -> Transformer:
         raise ConfigError(f"model.{key}={wanted}: {config.pretrained} has {found}; leave it out")
     model.compute_dtype, model.recompute = compute, config.recompute
     if config.lora is not None:
-        add_lora(model, config.lora, config.seed)
+        try:
+            add_lora(model, config.lora, config.seed)
+        except ValueError as error:  # a target that this model has nothing of
+            raise ConfigError(str(error)) from None
     return model
 
 
