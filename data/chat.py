@@ -264,18 +264,19 @@ def _refuse(where: str, problem: str) -> NoReturn:
 
 
 def _refuse_surrogates(record: dict[str, Any], where: str) -> None:
-    def broken(value: Any) -> bool:
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            return True
-        return False
-
-    if broken(record):
+    if _has_surrogates(record):
         entries = record.get("messages", record.get("conversations"))
-        numbers = [n for n, e in enumerate(entries, 1) if broken(e)] if isinstance(entries, list) else []
+        numbers = [n for n, e in enumerate(entries, 1) if _has_surrogates(e)] if isinstance(entries, list) else []
         at = f"{where}: message {numbers[0]}" if numbers else where
         _refuse(at, "holds half a surrogate pair, which is no text")
+
+
+def _has_surrogates(value: Any) -> bool:
+    try:
+        _to_json(value).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _openai_message(entry: Any, at: str) -> Message:
@@ -383,9 +384,12 @@ def _json(content: str, at: str, what: str) -> Any:
         raise ValueError(f"{name} is no JSON")
 
     try:
-        return json.loads(content, parse_constant=refuse_constant)
+        value = json.loads(content, parse_constant=refuse_constant)
     except ValueError as error:
         raise DataError(f"{at}: {what}: not valid JSON ({error})") from error
+    if _has_surrogates(value):  # escaped within the string, hence not seen in the record
+        _refuse(at, f"{what}: half a surrogate pair, which is no text")
+    return value
 
 
 def _check_order(messages: Sequence[Message], where: str) -> None:

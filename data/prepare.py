@@ -68,7 +68,7 @@ class PrepareConfig:
     """How text becomes shards.
 
     Args:
-        input: a file, a folder (searched recursively) or a glob pattern; `SUFFIXES` are read.
+        input: a file, a folder (searched recursively) or a glob pattern; `reading.SUFFIXES` are read.
         output: the folder to write; it must not exist, or be empty.
         tokenizer: a Hugging Face tokenizer.json or its folder; None trains a byte-level BPE on the training documents.
         vocab_size: size of the BPE to train.
@@ -136,12 +136,13 @@ class PrepareConfig:
 
 
 def prepare(config: PrepareConfig, progress: Progress | None = None) -> Manifest:
-    """Turn the text of `config.input` into the prepared folder `config.output`.
+    """Turn the text or the conversations of `config.input` into the prepared folder `config.output`.
 
     The folder appears complete or not at all. Empty documents (nothing but white space) are skipped and counted.
 
     Raises:
-        DataError: the input cannot be read, the tokenizer does not serve, or the output is in the way.
+        DataError: the input cannot be read or is not what `kind` says, a conversation is too long, the tokenizer does
+            not serve, or the output is in the way.
     """
     output = Path(config.output)
     _refuse_existing(output)

@@ -116,7 +116,7 @@ def _read_lines(file: Path) -> Iterator[tuple[str, str]]:
     with pa.input_stream(file, compression=compression) as stream:
         for number, line in enumerate(io.BufferedReader(stream, _READ_BYTES), 1):
             if not line.isspace():
-                yield _decode(line, file, offset), f"{file}:{number}"
+                yield _decode(line, file, offset).rstrip("\r\n"), f"{file}:{number}"
             offset += len(line)
 
 

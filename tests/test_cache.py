@@ -428,3 +428,18 @@ def test_selection_of_a_tail(elements: int, monkeypatch: pytest.MonkeyPatch) -> 
             later = continue_blocks(tail, past, ratio)
             found = select_entries(queries[:, past:], keys, weights[:, past:], later, k)
             assert torch.equal(found, expected[:, past:]), (k, past)
+
+
+def test_selection_of_a_tail_keeps_to_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a token sees counts from the beginning of its document, not of the row: few tokens at a time."""
+    budget, past, length, ratio = 2**13, 12_000, 64, 3
+    monkeypatch.setattr(indexer, "CPU_ELEMENTS", budget)
+    generator = torch.Generator().manual_seed(2)
+    count = (past + length) // ratio
+    queries, keys, weights = (
+        torch.randn(1, *shape, generator=generator) for shape in ((length, 2, 4), (count, 4), (length, 2))
+    )
+    blocks = continue_blocks(continue_documents(torch.zeros(1, length, dtype=torch.long), past), past, ratio)
+    with Meter() as meter:
+        select_entries(queries, keys, weights, blocks, 5)
+    assert count < meter.largest <= budget < length * count / 20

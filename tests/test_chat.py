@@ -440,6 +440,11 @@ BAD: list[tuple[Any, str]] = [
         "f:1: message 2: holds half a surrogate pair",
     ),
     ({"messages": [user(), reply()], "tools": [{"name": "\ud800"}]}, "f:1: holds half a surrogate pair"),
+    (
+        {"messages": [user(), reply(tool_calls=[call("f", '{"a": "\\ud800"}')])]},
+        "f:1: message 2: the arguments of tool 'f': half a surrogate pair",
+    ),
+    ({"messages": [user(), reply()], "tools": '[{"name": "\\ud800"}]'}, "f:1: 'tools': half a surrogate pair"),
     ({"conversations": [{"from": "bot", "value": "x"}]}, "f:1: message 1: unknown sender 'bot'; known are human"),
     ({"conversations": [{"from": ["gpt"], "value": "x"}]}, "f:1: message 1: unknown sender"),
     ({"conversations": ["x"]}, "f:1: message 1: not a JSON object but str"),

@@ -1,4 +1,4 @@
-"""`openv4 preview` as users type it: what is trained shows with and without colour."""
+"""`openv4 preview` and `openv4 prepare kind=chat` as users type them."""
 
 import json
 import re
@@ -32,9 +32,9 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def preview(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    def run(*arguments: str, fails: bool = False) -> tuple[str, str]:
-        command = ["openv4", "preview", f"input={folder}/a.jsonl", f"tokenizer={folder}", *arguments]
-        monkeypatch.setattr(sys, "argv", command)
+    def run(*arguments: str, fails: bool = False, command: str = "preview") -> tuple[str, str]:
+        given = [f"input={folder}/a.jsonl", f"tokenizer={folder}", *arguments]
+        monkeypatch.setattr(sys, "argv", ["openv4", command, *given])
         with pytest.raises(SystemExit, match="2") if fails else nullcontext():
             cli.main()
         result = capsys.readouterr()
@@ -88,3 +88,19 @@ def test_with_colour_what_is_trained_is_underlined(preview, monkeypatch):
 def test_mistakes_are_one_line(preview, arguments, message):
     _, err = preview(*arguments, fails=True)
     assert re.search(message, err) and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_prepare_says_what_there_is_to_train_on(preview, folder):
+    out, _ = preview("kind=chat", f"output={folder}/out", command="prepare")
+    counts = re.findall(
+        r"(train|validation): (\d+) tokens \((\d+) trained\), 1 conversations, .* longest (\d+) tok", out
+    )
+    assert sorted(name for name, *_ in counts) == ["train", "validation"]
+    for _, tokens, trained, longest in counts:
+        assert 0 < int(trained) < int(tokens) == int(longest)
+    limit = min(int(tokens) for _, tokens, _, _ in counts)
+    some = [f"max_tokens={limit}", "too_long=drop", "validation_fraction=0"]
+    out, _ = preview("kind=chat", f"output={folder}/short", *some, command="prepare")
+    assert f"skipped: 1 conversations of more than {limit} tokens" in out
+    _, err = preview("kind=chat", f"output={folder}/no", f"max_tokens={limit}", command="prepare", fails=True)
+    assert "a.jsonl:1: the conversation has" in err and not (folder / "no").exists()

@@ -371,7 +371,11 @@ def test_conversations_become_shards_with_masks(tokenizer_folder, tmp_path):
         assert split.trained == sum(sum(mask) for _, mask in documents)
         assert split.bytes == sum(int(sizes[ids].sum()) for ids, _ in documents)
     assert (manifest.skipped, manifest.fim) == (0, None)
-    assert seen[-1][0] == seen[-1][1] == sum(len(json.dumps(record)) + 1 for record in RECORDS)
+    assert seen[-1][0] == seen[-1][1] == sum(len(json.dumps(record)) for record in RECORDS)
+    (tmp_path / "b.jsonl").write_bytes(source.read_bytes().rstrip().replace(b"\n", b"\r\n\r\n"))
+    assert prepare(replace(config_, input=str(tmp_path / "b.jsonl"), output=str(tmp_path / "crlf"))).fingerprint == (
+        manifest.fingerprint
+    )
     for name in ("b.jsonl.gz", "b.jsonl.zst"):
         again = replace(config_, input=str(write_chat(tmp_path / name)), output=str(tmp_path / f"out_{name}"))
         assert prepare(again).fingerprint == manifest.fingerprint
