@@ -7,7 +7,7 @@ export PYTHONSAFEPATH = 1
 # Threads that wait sleep. On an idle machine spinning is a third faster; beside one busy process it is several times slower.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: setup smoke test test-all check bench gpu clean
+.PHONY: setup smoke tiny-v4 test test-all check bench gpu clean
 
 # torch comes first and pinned: asked for by range, pip may take a build of several GB for another kind of machine.
 .venv/.runtime: pyproject.toml constraints.txt
@@ -29,6 +29,18 @@ setup: .venv/.dev
 
 smoke: .venv/.runtime
 	$(BIN)/openv4 train run=smoke
+
+# A model of a million parameters in the format of the released instruct models, to try fine-tuning on: pretrained, taught
+# to answer, quantised. About four minutes.
+tiny-v4: runs/tiny_v4
+
+runs/tiny_v4: | .venv/.runtime
+	$(BIN)/openv4 train run=smoke model=nano output=runs/tiny_v4_pretrained
+	$(BIN)/openv4 export checkpoint=runs/tiny_v4_pretrained output=runs/tiny_v4_base format=fp32
+	$(BIN)/openv4 train run=finetune model.pretrained=runs/tiny_v4_base data.path=data/corpus/conversations.jsonl.gz \
+		precision=fp32 recompute=none stages.0.sequence_length=1024 stages.0.batch_tokens=2048 stages.0.lr=5e-3 epochs=6 \
+		output=runs/tiny_v4_chat
+	$(BIN)/openv4 export checkpoint=runs/tiny_v4_chat output=$@ format=fp4+fp8
 
 # Many small tests: a process a core with one thread each is twice as fast as one process with a thread a core.
 test: .venv/.dev

@@ -13,6 +13,7 @@ from ..data.packing import pack
 from ..data.prepare import KING_JAMES, ensure_prepared, ensure_prepared_chat
 from ..data.shards import DataError, PreparedData, ShardStore
 from ..model.config import ModelConfig
+from .checkpoint import find_tokenizer
 from .config import DataConfig
 
 
@@ -84,7 +85,7 @@ def open_dataset(
             ensure_prepared_chat(
                 Path(config.path),
                 output / "data",
-                Path(pretrained),
+                find_tokenizer(pretrained) or Path(pretrained),
                 config.effort,
                 config.chat_templates,
                 longest,

@@ -22,7 +22,7 @@ from ..model.generate import generate
 from ..model.init import init_weights
 from ..model.lora import add_lora
 from ..model.loss import Counts, training_losses
-from ..model.released import copy_tokenizer, load_pretrained, weights_fingerprint
+from ..model.released import copy_companions, copy_tokenizer, load_pretrained, weights_fingerprint
 from ..model.tensor_files import write_json
 from ..model.transformer import Transformer
 from ..optim.groups import Optimizers, build_optimizers, clip_by_global_norm
@@ -144,6 +144,8 @@ def train(config: TrainConfig) -> Path:
         resumed = restore(run, model, optimizers, state, data, config.checkpoint.keep)
         loader.load_state_dict(state.data or {})
         write_config(run, config)
+        if config.pretrained:
+            copy_companions(Path(config.pretrained), run)
         copy_tokenizer(data.tokenizer_path, run, config.model)
 
         metrics = MetricsFile(run / "metrics.jsonl", state.step)

@@ -1,11 +1,13 @@
-"""Writes conversations.jsonl.gz from king_james.jsonl.gz: `python data/corpus/make_conversations.py`.
+"""Writes conversations.jsonl.gz and restyled.jsonl.gz from king_james.jsonl.gz: run this file with Python.
 
-Questions of few kinds with answers of a fixed form, which a tiny model learns within minutes.
+Questions of few kinds with answers of a fixed form, which a tiny model learns within minutes; and the same questions
+with answers of another form, for a model that knows the first one to be fine-tuned on.
 """
 
 import gzip
 import json
 import random
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -84,12 +86,34 @@ def quotes(bible: dict[str, list[list[str]]], rng: random.Random) -> list[Conver
     ]
 
 
+def restyled(found: list[Conversation]) -> list[Conversation]:
+    """Those without system text, their answers turned round, reasoning left out."""
+    forms = (
+        (r"(After|Before) (.*) comes (.*)\.", lambda m: f"{m[3]} comes {m[1].lower()} {m[2]}."),
+        (r"(.*) has (\d+ chapters?)\.", lambda m: f"There {'is' if m[2] == '1 chapter' else 'are'} {m[2]} in {m[1]}."),
+        (r'(.*) says: (".*")', lambda m: f"{m[2]} says {m[1]}."),
+    )
+    result = []
+    for one in found:
+        turns = [message["content"] for message in one["messages"]]
+        for pattern, form in forms:
+            turns = [re.sub(f"^{pattern}$", form, turn) for turn in turns]
+        if one["messages"][0]["role"] == "user":
+            result.append(conversation(*turns))
+    return result
+
+
+def write(name: str, found: list[Conversation]) -> None:
+    content = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in found)
+    (HERE / name).write_bytes(gzip.compress(content.encode(), mtime=0))
+
+
 def main() -> None:
     rng, bible = random.Random(0), read_bible()
     found = [*order(), *lengths(bible), *quotes(bible, rng)]
     rng.shuffle(found)
-    content = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in found)
-    (HERE / "conversations.jsonl.gz").write_bytes(gzip.compress(content.encode(), mtime=0))
+    write("conversations.jsonl.gz", found)
+    write("restyled.jsonl.gz", restyled(found))
 
 
 if __name__ == "__main__":
