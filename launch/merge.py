@@ -20,7 +20,7 @@ from ..model.tensor_files import new_folder
 from ..model.transformer import Transformer
 from ..train.checkpoint import base_of, find_weights
 from ..train.config import ConfigError
-from .progress import progress_bar
+from ..train.progress import progress_bar
 
 # Below these, a kind of tensor is reported as lost: less than half of what was learned is in the files, or it points
 # elsewhere.

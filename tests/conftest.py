@@ -3,11 +3,12 @@
 import gzip
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from cli_cases import SMALL_RUN, TEXTS, VOCAB, Result, Run, console, write_texts
 
 from openv4.data.prepare import KING_JAMES, PrepareConfig, ensure_prepared, prepare
 
@@ -50,3 +51,58 @@ def one_thread() -> Iterator[None]:
     yield
     torch.set_num_threads(2)
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Commands run in an empty folder, and leave nothing there that they were not asked for."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("OPENV4_TRACEBACK", raising=False)
+    yield
+    assert list(folder.iterdir()) == []
+
+
+@pytest.fixture
+def openv4(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs a command in this process, as the console script would."""
+
+    def run(*arguments: object) -> Result:
+        capsys.readouterr()
+        return Result(console(*arguments), *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def refused(openv4: Run) -> Callable[..., str]:
+    """Runs a command that must fail as bad input should, and returns its one line."""
+
+    def run(*arguments: object) -> str:
+        result = openv4(*arguments)
+        assert result.code == 2, result
+        assert result.err.startswith("error: ") and result.err.count("\n") == 1, result.err
+        assert "Traceback" not in result.out
+        return result.err.removeprefix("error: ").strip()
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """texts -> `openv4 prepare` -> data -> `openv4 train` -> run, in a folder whose name needs quoting."""
+    folder = tmp_path_factory.mktemp("workshop") / "it's a, (\u4f60)"
+    write_texts(folder / "texts", TEXTS)
+    assert console("prepare", f"input={folder / 'texts'}", f"output={folder / 'data'}", f"vocab_size={VOCAB}") == 0
+    run = ["train", *SMALL_RUN, f"data={folder / 'data'}", f"output={folder / 'run'}", "checkpoint.every=4"]
+    assert console(*run) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def fp32(workshop: Path) -> Path:
+    """`openv4 export` of the run in fp32."""
+    output = workshop / "fp32"
+    assert console("export", f"checkpoint={workshop / 'run'}", f"output={output}", "format=fp32") == 0
+    return output

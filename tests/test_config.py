@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
@@ -18,6 +19,7 @@ from openv4.launch.evaluate import EvaluateConfig
 from openv4.launch.export import ExportConfig
 from openv4.launch.generate import GenerateConfig
 from openv4.model.config import ModelConfig, ModelConfigError, YarnConfig
+from openv4.model.tensor_files import write_json, write_tensors
 from openv4.optim.schedule import Plan, Schedule
 from openv4.train.config import (
     CONF,
@@ -97,10 +99,17 @@ def test_every_model_preset_builds(preset: str) -> None:
     assert {"csa", "hca"} <= set(model.kinds), "each preset has both kinds of compression"
 
 
-def test_every_preset_of_every_group_loads() -> None:
+def test_every_preset_of_every_group_loads(tmp_path: Path) -> None:
+    write_json(tmp_path / "config.json", nano().to_json())
+    write_tensors(tmp_path / "model.safetensors", {"norm.weight": torch.ones(3)})
     for group, presets in presets_of("train").items():
         for preset in presets:
-            config = load_config([f"{group}={preset}", "data.path=x"])  # the pretraining recipes bring none
+            overrides = [f"{group}={preset}", "data.path=x"]  # the pretraining recipes bring none
+            if preset in ("finetune", "lora"):
+                assert refusal(*overrides).startswith("model.pretrained is not set; give model.pretrained=")
+                assert refusal(overrides[0], f"model.pretrained={tmp_path}").startswith("data.path is not set; give")
+                overrides.append(f"model.pretrained={tmp_path}")
+            config = load_config(overrides)
             assert isinstance(config, TrainConfig), (group, preset)
 
 

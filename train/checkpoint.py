@@ -27,6 +27,7 @@ from ..model.released import fill_weights, load_pretrained, write_weights
 from ..model.tensor_files import WeightsError, new_folder, open_tensors, sync, write_json, write_tensors
 from ..model.transformer import Transformer
 from ..optim.groups import Optimizers
+from .progress import progress_bar
 
 FORMAT = 1
 _MAX_SHARD_BYTES = 5_000_000_000
@@ -224,10 +225,11 @@ def base_of(adapter: Path) -> Path:
 def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Transformer:
     """The model of a run, a checkpoint, an export (``find_weights``), or an adapter on its base model."""
     folder = find_weights(path)
-    if not (folder / ADAPTER_CONFIG).exists():
-        return load_pretrained(folder, dtype, device)
-    model = load_pretrained(base_of(folder), dtype, device)
-    load_adapter(model, folder)
+    adapted = (folder / ADAPTER_CONFIG).exists()
+    with progress_bar("loading") as advance:
+        model = load_pretrained(base_of(folder) if adapted else folder, dtype, device, progress=advance)
+    if adapted:
+        load_adapter(model, folder)
     return model
 
 

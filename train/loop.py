@@ -51,6 +51,7 @@ from .metrics import (
     read_metrics,
     write_environment,
 )
+from .progress import progress_bar
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -205,13 +206,15 @@ def build_model(config: TrainConfig, device: torch.device) -> Transformer:
         init_weights(model, config.seed)
         return model.to(device)
     base = config.precision.base
-    model = load_pretrained(
-        config.pretrained,
-        torch.float32 if base == "fp32" else torch.bfloat16,
-        device,
-        mtp=config.model.num_nextn_predict_layers > 0,
-        keep_quantized=base == "released",
-    )
+    with progress_bar("loading") as advance:
+        model = load_pretrained(
+            config.pretrained,
+            torch.float32 if base == "fp32" else torch.bfloat16,
+            device,
+            mtp=config.model.num_nextn_predict_layers > 0,
+            keep_quantized=base == "released",
+            progress=advance,
+        )
     if differing := [key for key, value in asdict(config.model).items() if asdict(model.config)[key] != value]:
         key = differing[0]
         found, wanted = getattr(model.config, key), getattr(config.model, key)
