@@ -28,8 +28,9 @@ Effort = Literal["none", "high", "max"]  # no reasoning, reasoning, reasoning af
 DSML = "\uff5cDSML\uff5c"
 REMINDER = "<\uff5clatest_reminder\uff5c>"
 TASKS = {name: f"<\uff5c{name}\uff5c>" for name in ("action", "query", "authority", "domain", "title", "read_url")}
+EXTRACTED_URL = "<\uff5cextracted_url\uff5c>"
 REQUIRED_TOKENS = (BOS, EOS, USER, ASSISTANT, THINK, THINK_END)
-OPTIONAL_TOKENS = (DSML, REMINDER, *TASKS.values())  # a tokenizer without one spells it out
+OPTIONAL_TOKENS = (DSML, REMINDER, EXTRACTED_URL, *TASKS.values())  # a tokenizer without one spells it out
 
 _ROLES = ("system", "developer", "user", "assistant", "tool", "latest_reminder")
 _QUESTIONS = ("user", "developer")
@@ -41,6 +42,7 @@ _OWNERS = {  # keys that only messages of these roles may have
     "tools": ("system", "developer"),
     "response_format": ("system", "developer"),
     "task": ("system", "developer", "user", "assistant", "latest_reminder"),
+    "urls": ("user",),
 }
 _SHAREGPT_ROLES = {
     "human": "user",
@@ -73,6 +75,7 @@ class Message:
         tools: schemas of the functions that system and developer messages offer.
         response_format: a JSON schema that replies must follow.
         task: a quick instruction after this message, one of `TASKS`; the next assistant message is its result.
+        urls: of the task read_url, found in the message: each is followed by the task's token.
         call_id: the call that a tool's result answers.
         ends: an end token follows an assistant's message.
         weight: 0 leaves an assistant's message out of the loss.
@@ -85,6 +88,7 @@ class Message:
     tools: tuple[dict[str, Any], ...] = ()
     response_format: Any = None
     task: str | None = None
+    urls: tuple[str, ...] = ()
     call_id: str | None = None
     ends: bool = True
     weight: int = 1
@@ -308,6 +312,7 @@ def _openai_message(entry: Any, at: str) -> Message:
         _tools(entry.get("tools"), at),
         entry.get("response_format"),
         task,
+        _urls(entry.get("urls"), task, at),
         call_id,
         ends,
         int(weight),
@@ -341,6 +346,16 @@ def _text(value: Any, at: str, key: str) -> str:
         if not (isinstance(block, dict) and block.get("type") == "text" and isinstance(block.get("text"), str)):
             _refuse(at, f"{key!r} holds a block that is no text: {json.dumps(block, ensure_ascii=False)[:60]}")
     return "\n\n".join(block["text"] for block in value)
+
+
+def _urls(value: Any, task: str | None, at: str) -> tuple[str, ...]:
+    if not value:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(url, str) and url for url in value):
+        _refuse(at, "'urls' is not a list of strings")
+    if task != "read_url":
+        _refuse(at, f"'urls' without the task read_url (task={task!r})")
+    return tuple(value)
 
 
 def _tool_calls(value: Any, at: str) -> tuple[ToolCall, ...]:
@@ -552,6 +567,12 @@ def _opening(turn: Message, thinking: bool, reasons: bool) -> list[Piece]:
     """What stands between a turn and the reply to it."""
     if turn.task == "action":
         names = [ASSISTANT, THINK if thinking else THINK_END, TASKS["action"]]
+    elif turn.urls:
+        pairs = (
+            (Piece(EXTRACTED_URL, special=True), Piece(url), Piece(TASKS["read_url"], special=True))
+            for url in turn.urls
+        )
+        return [piece for pair in pairs for piece in pair]
     elif turn.task is not None:
         names = [TASKS[turn.task]]
     elif turn.role in _QUESTIONS:

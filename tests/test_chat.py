@@ -19,6 +19,7 @@ from tokenizers import AddedToken, Tokenizer
 from openv4.data import chat
 from openv4.data.chat import (
     DSML,
+    EXTRACTED_URL,
     OPTIONAL_TOKENS,
     REMINDER,
     TASKS,
@@ -255,6 +256,24 @@ GOLDEN: dict[str, tuple[list[dict[str, Any]], str | None, list[Any]]] = {
         name: ([user(task=name), reply(**THOUGHT)], effort, [BOS, USER, "Hi", TASKS[name], HELLO])
         for name, effort in (("query", "none"), ("authority", "high"), ("domain", "high"), ("read_url", "none"))
     },
+    "read_url of the URLs found": (
+        [user(task="read_url", urls=["http://a", "http://b"]), reply("yes")],
+        "none",
+        [
+            *[
+                BOS,
+                USER,
+                "Hi",
+                EXTRACTED_URL,
+                "http://a",
+                TASKS["read_url"],
+                EXTRACTED_URL,
+                "http://b",
+                TASKS["read_url"],
+            ],
+            ["yes", EOS],
+        ],
+    ),
     "title": (
         [user(), reply(task="title", **THOUGHT), reply("Greeting")],
         "high",
@@ -394,6 +413,8 @@ BAD: list[tuple[Any, str]] = [
     ({"messages": [user(tools=TOOLS), reply()]}, "message 1: 'tools' in a message of role user; it belongs to system"),
     ({"messages": [user(task="poem"), reply()]}, "message 1: unknown task 'poem'; known are action, query"),
     ({"messages": [user(task=["title"]), reply()]}, "message 1: unknown task"),
+    ({"messages": [user(urls=["http://a"]), reply()]}, "message 1: 'urls' without the task read_url"),
+    ({"messages": [user(task="read_url", urls="http://a"), reply()]}, "message 1: 'urls' is not a list of strings"),
     ({"messages": [user(), user(task="query"), reply()]}, "message 2: this user message joins the one before it"),
     ({"messages": [reply()]}, "f:1: message 1: an assistant message with nothing before it to answer"),
     ({"messages": [system(), reminder(), reply()]}, "message 3: an assistant message with nothing before it"),

@@ -238,6 +238,15 @@ class TrainConfig:
                     f"stages.{index} trains the indexer, which lora freezes; set stages.{index}.indexer_weight=0 or "
                     "add indexer to lora.targets"
                 )
+        learning = [
+            s.attention == "indexer_warmup" or (s.attention == "sparse" and s.indexer_weight > 0) for s in self.stages
+        ]
+        if "indexer" in lora.targets and not (all(learning) if lora.parts == {"indexer"} else any(learning)):
+            index = learning.index(False)
+            raise ConfigError(
+                f"lora.targets={list(lora.targets)}: stages.{index} does not train the indexer; give it attention=sparse "
+                "and indexer_weight=0.01, or leave indexer out"
+            )
 
 
 def load_config(overrides: Sequence[str] = ()) -> TrainConfig:

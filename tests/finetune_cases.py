@@ -1,0 +1,87 @@
+"""A small release with a chat tokenizer, conversations for it, and runs of a second: for the tests of fine-tuning."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import release_fixture as oracle
+from chat_cases import chat_tokenizer
+from cli_cases import WORDS
+
+from openv4.train.config import TrainConfig, load_config
+
+# HCA, CSA and window layers, hash and learned routing, an MTP block; FP4 experts are whole groups of 32.
+SIZES: dict[str, Any] = oracle.RAGGED | {
+    "vocab_size": 352,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "head_dim": 16,
+    "q_lora_rank": 32,
+    "o_groups": 2,
+    "o_lora_rank": 16,
+    "compress_ratios": [16, 4, 0, 0],
+    "n_routed_experts": 4,
+    "moe_intermediate_size": 32,
+    "index_topk": 4,
+    "num_hash_layers": 1,
+    "sliding_window": 8,
+    "hc_sinkhorn_iters": 3,
+    "rope_scaling": None,
+    "max_position_embeddings": 512,
+}
+# Rows of 128 tokens, two a step in two micro-batches.
+QUICK = [
+    "precision.compute=fp32",
+    "recompute=none",
+    "stages.0.sequence_length=128",
+    "stages.0.batch_tokens=256",
+    "stages.0.lr=1e-2",
+    "stages.0.lr_end=1e-3",
+    "stages.0.warmup_steps=0",
+    "micro_batch_tokens=128",
+    "threads=1",
+    "data.workers=0",
+    "validation.every=0",
+    "logging.wandb=disabled",
+    "logging.peak_tflops=1",
+]
+
+
+def write_base(folder: Path, variant: str = "instruct", seed: int = 0, **changes: Any) -> Path:
+    """A release of random weights, with files beside them as released."""
+    oracle.write_release(folder, SIZES | changes, variant, seed, wild=False)
+    chat_tokenizer().save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "mine": true}')
+    (folder / "generation_config.json").write_text('{"temperature": 1.0}')
+    (folder / "LICENSE").write_text("MIT")
+    return folder
+
+
+def conversations(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Short questions and answers."""
+    rng = random.Random(seed)
+
+    def text() -> str:
+        return " ".join(rng.choice(WORDS) for _ in range(rng.randint(2, 6)))
+
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": f"{index} {text()}?"},
+                {"role": "assistant", "content": f"{text()}."},
+            ]
+        }
+        for index in range(count)
+    ]
+
+
+def write_chat(file: Path, records: list[dict[str, Any]]) -> Path:
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return file
+
+
+def quick_config(run: str, base: Path, chat: Path, output: Path, *overrides: str) -> TrainConfig:
+    given = [f"run={run}", f"model.pretrained={base}", f"data.path={chat}", f"output={output}"]
+    return load_config([*given, *QUICK, *overrides])
