@@ -512,8 +512,9 @@ class _ChatSource:
                 if config.max_tokens is not None and len(ids) > config.max_tokens:
                     if config.too_long == "error":
                         raise DataError(
-                            f"{where}: the conversation has {len(ids)} tokens, max_tokens={config.max_tokens}: shorten "
-                            "it, raise max_tokens, or leave such ones out with too_long=drop"
+                            f"{where}: the conversation has {len(ids)} tokens, max_tokens={config.max_tokens} (in "
+                            "training: the shortest stages.N.sequence_length): shorten it, raise that, or leave such "
+                            "ones out with openv4 prepare kind=chat too_long=drop"
                         )
                     self.skipped += 1
                     continue

@@ -48,7 +48,11 @@ def run(config: EvaluateConfig) -> None:
             raise ConfigError(f"{config.checkpoint} is no run of ours: name the text with data=<prepared folder>")
         data = trained[1].data
     dataset = open_dataset(
-        data, trained[0] if trained else Path(), model.config, trained[1].pretrained if trained else None
+        data,
+        trained[0] if trained else Path(),
+        model.config,
+        trained[1].pretrained if trained else None,
+        trained[1].shortest_row if trained else None,
     )
     own = find_tokenizer(config.checkpoint)
     if own is not None and own.read_bytes() != dataset.tokenizer_path.read_bytes():

@@ -55,6 +55,9 @@ _QUANTIZED = re.compile(
 )
 _EXPERT = re.compile(r"\.ffn\.experts\.\d+\.w[123]\.weight$")
 
+# Our names of the scales of what is held quantised.
+_SCALE = re.compile(r"(\.|\.experts\.w[123]_)scale$")
+
 # Copies of the embedding and the head that the MTP block shares with the main model; some releases store them.
 _COPY = re.compile(r"mtp\.\d+\.(?:\w*emb\w*(?:\.\w+)*|(?:\w+\.)?head)\.weight")
 
@@ -452,7 +455,8 @@ def load_pretrained(
         _keep_quantized(model, release)
     for name, tensor in model.state_dict().items():
         if owned is None or any(owned(part) for part in _parts(name, tensor)):
-            stored = tensor.dtype if _is_quantized(tensor) else _stored_dtype(name, tensor.dtype, dtype)
+            resident = _is_quantized(tensor) or _SCALE.search(name)
+            stored = tensor.dtype if resident else _stored_dtype(name, tensor.dtype, dtype)
             _assign(model, name, torch.empty_like(tensor, dtype=stored, device=device))
     _fill(model, release, owned, progress)
     return model

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from cli_cases import SMALL_RUN, TEXTS, VOCAB, Result, Run, console, write_texts
+from finetune_cases import conversations, write_base, write_chat
 
 from openv4.data.prepare import KING_JAMES, PrepareConfig, ensure_prepared, prepare
 
@@ -106,3 +107,15 @@ def fp32(workshop: Path) -> Path:
     output = workshop / "fp32"
     assert console("export", f"checkpoint={workshop / 'run'}", f"output={output}", "format=fp32") == 0
     return output
+
+
+@pytest.fixture(scope="session")
+def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small release in the instruct format, FP4 experts and FP8 matrices; not to be written to."""
+    return write_base(tmp_path_factory.mktemp("release") / "base")
+
+
+@pytest.fixture(scope="session")
+def chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Conversations for it, some 950 tokens to train on."""
+    return write_chat(tmp_path_factory.mktemp("chat") / "chat.jsonl", conversations(24))

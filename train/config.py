@@ -225,6 +225,11 @@ class TrainConfig:
         if self.epochs is None:  # else the data decides
             Schedule(self.stages, self.steps)  # refuses stages that do not go together
 
+    @property
+    def shortest_row(self) -> int:
+        """Tokens of the shortest row of any stage: what a conversation must fit into."""
+        return min(stage.sequence_length for stage in self.stages)
+
     def _check_lora(self, lora: LoRAConfig) -> None:
         if self.pretrained is None:
             raise ConfigError("lora adapts a pretrained model; give model.pretrained=<folder of weights>")
@@ -244,8 +249,8 @@ class TrainConfig:
         if "indexer" in lora.targets and not (all(learning) if lora.parts == {"indexer"} else any(learning)):
             index = learning.index(False)
             raise ConfigError(
-                f"lora.targets={list(lora.targets)}: stages.{index} does not train the indexer; give it attention=sparse "
-                "and indexer_weight=0.01, or leave indexer out"
+                f"lora.targets={list(lora.targets)}: stages.{index} does not train the indexer; give it "
+                "attention=sparse and indexer_weight=0.01, or leave indexer out"
             )
 
 

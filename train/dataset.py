@@ -1,5 +1,6 @@
 """The prepared folders of a run, opened and checked against its model."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from ..data.packing import pack
 from ..data.prepare import KING_JAMES, ensure_prepared, ensure_prepared_chat
 from ..data.shards import DataError, PreparedData, ShardStore
 from ..model.config import ModelConfig
-from .checkpoint import find_tokenizer
+from .checkpoint import find_tokenizer, latest_checkpoint
 from .config import DataConfig
 
 
@@ -81,16 +82,7 @@ def open_dataset(
                 f"data.path={config.path} is a file: give model.pretrained=<folder>, whose tokenizer encodes it, or "
                 f"prepare it first with `openv4 prepare input={config.path} output=<folder>`"
             )
-        paths = [
-            ensure_prepared_chat(
-                Path(config.path),
-                output / "data",
-                find_tokenizer(pretrained) or Path(pretrained),
-                config.effort,
-                config.chat_templates,
-                longest,
-            )
-        ]
+        paths = [_conversations(config, Path(config.path), output, pretrained, longest)]
     if not paths:
         paths = [ensure_prepared(KING_JAMES, output / "data", config.vocab_size, config.join_bytes, progress)]
     folders = tuple(PreparedData(path, config.verify) for path in paths)
@@ -105,14 +97,28 @@ def open_dataset(
                 f"{folder.folder}: documents begin with token {folder.bos} and end with {folder.eos}; set "
                 f"model.bos_token_id={folder.bos} model.eos_token_id={folder.eos}"
             )
-        split = folder.manifest.splits["train"]
-        if longest is not None and split.trained is not None and split.longest > longest:
+        tokens = max((s.longest for s in folder.manifest.splits.values() if s.trained is not None), default=0)
+        if longest is not None and tokens > longest:
             raise DataError(
-                f"{folder.folder}: its longest conversation has {split.longest} tokens, a row {longest}; raise "
-                f"sequence_length, or prepare with max_tokens={longest} too_long=drop"
+                f"{folder.folder}: its longest conversation has {tokens} tokens, a row {longest}; raise "
+                f"stages.N.sequence_length, or prepare with max_tokens={longest} too_long=drop"
             )
         if folder.manifest.tokenizer.sha256 != folders[0].manifest.tokenizer.sha256:
             raise DataError(
                 f"{folder.folder} and {folders[0].folder} have different tokenizers; prepare both with the same one"
             )
     return Dataset(folders, tuple(source.weight for source in config.sources) or (1.0,))
+
+
+def _conversations(config: DataConfig, path: Path, output: Path, pretrained: str, longest: int | None) -> Path:
+    """The folder that holds the conversations of a file, prepared for the pretrained model."""
+    folder, tokenizer = output / "data", find_tokenizer(pretrained) or Path(pretrained)
+    settings = (path, folder, tokenizer, config.effort, config.chat_templates, longest)
+    prepared = folder.exists()
+    try:
+        return ensure_prepared_chat(*settings)
+    except DataError:
+        if not prepared or latest_checkpoint(output / "checkpoints") is not None:
+            raise
+        shutil.rmtree(folder)  # of a run that ended before it had trained anything; its settings have changed since
+        return ensure_prepared_chat(*settings)

@@ -134,7 +134,7 @@ def train(config: TrainConfig) -> Path:
             ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
         )
         make_deterministic(config, device)
-        data = open_dataset(config.data, run, config.model, config.pretrained, shortest_row(config))
+        data = open_dataset(config.data, run, config.model, config.pretrained, config.shortest_row)
         schedule = Schedule(stages(config, data), config.steps)
         loader = data.loader(config.seed, config.data.workers)
 
@@ -236,11 +236,6 @@ def stages(config: TrainConfig, data: Dataset) -> tuple[Stage, ...]:
     steps = max(1, round(config.epochs * data.rows(last.sequence_length) * last.sequence_length / last.batch_tokens))
     last = replace(last, tokens=steps * last.batch_tokens, warmup_steps=min(last.warmup_steps, steps // 4))
     return (*config.stages[:-1], last)
-
-
-def shortest_row(config: TrainConfig) -> int:
-    """What a conversation must fit into."""
-    return min(stage.sequence_length for stage in config.stages)
 
 
 def claim_folder(run: Path, config: TrainConfig, stack: ExitStack) -> None:
