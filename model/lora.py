@@ -32,7 +32,7 @@ from .config import ModelConfig
 from .init import generator_of
 from .layers import GroupedLinear, Linear
 from .moe import Experts
-from .tensor_files import WeightsError, new_folder, open_tensors, write_json, write_tensors
+from .tensor_files import WeightsError, listed, new_folder, open_tensors, write_json, write_tensors
 from .transformer import Transformer
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -504,9 +504,9 @@ def _compare(
         "of other types": [f"{name} is {dtype}" for name, (_, dtype) in found.items() if dtype not in _FLOATS],
     }
     if any(problems.values()):
-        listed = "; ".join(f"{len(names)} {kind}: {_cut(names)}" for kind, names in problems.items() if names)
         raise WeightsError(
-            f"{folder}: does not fit the model and its own {CONFIG_FILE} ({listed}); name an adapter of this model"
+            f"{folder}: does not fit the model and its own {CONFIG_FILE} ({listed(problems)}); name an adapter of this "
+            "model"
         )
 
 
@@ -565,7 +565,3 @@ def _shortened(adapted: Set[str], every: Set[str]) -> list[str]:
 
 def _whole(alpha: float) -> float:
     return int(alpha) if float(alpha).is_integer() else alpha
-
-
-def _cut(names: list[str], most: int = 4) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

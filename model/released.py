@@ -15,7 +15,7 @@ import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -34,6 +34,7 @@ from .tensor_files import (
     Entry,
     TensorFolder,
     WeightsError,
+    listed,
     new_folder,
     weight_files,
     write_json,
@@ -357,8 +358,7 @@ class Release:
         """
         problems = self.problems(wanted)
         if any(problems.values()):
-            listed = "; ".join(f"{len(names)} {kind}: {_shorten(names)}" for kind, names in problems.items() if names)
-            raise WeightsError(f"{self.folder}: these weights do not fit its config.json ({listed})")
+            raise WeightsError(f"{self.folder}: these weights do not fit its config.json ({listed(problems)})")
 
     def problems(self, wanted: Mapping[str, Tensor]) -> dict[str, list[str]]:
         """What ``check`` would raise: names that are missing or unexpected, and what is misshapen."""
@@ -411,9 +411,9 @@ class Release:
         names = (name for name in self.entries if not name.endswith(".scale") and name not in self.copies)
         return {name: weight(name) for name in names}
 
-    def check_copies(self) -> None:
-        """Raises WeightsError where a stored copy of embedding or head differs from it."""
-        for name, source in self.copies.items():
+    def check_copies(self, sources: Container[str]) -> None:
+        """Raises WeightsError where a stored copy of embedding or head, if among ``sources``, differs from it."""
+        for name, source in ((name, source) for name, source in self.copies.items() if source in sources):
             copy = self.tensors.read(name).clone()
             if not torch.equal(copy, self.tensors.read(source)):
                 raise WeightsError(
@@ -502,10 +502,10 @@ def without_mtp(config: ModelConfig) -> ModelConfig:
 
 
 def _fill(model: Transformer, release: Release, owned: Callable[[str], bool] | None, progress: Progress | None) -> None:
-    if _has_mtp(dict(released_tensors(model))):
-        release.check_copies()
-        model.origin.copies = dict(release.copies)
     wanted = {name: tensor for name, tensor in released_tensors(model) if owned is None or owned(name)}
+    if model.mtp:
+        release.check_copies(wanted)
+        model.origin.copies = dict(release.copies)
     total, done = sum(release.entries[name].bytes for name in wanted), 0
     with torch.no_grad():
         for name in [name for name in release.entries if name in wanted]:  # as they lie in the files
@@ -667,10 +667,6 @@ def _assign(model: Transformer, name: str, tensor: Tensor) -> None:
         module.register_parameter(leaf, torch.nn.Parameter(tensor))
     else:
         module.register_buffer(leaf, tensor)
-
-
-def _shorten(names: list[str], most: int = 4) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _vocabulary(tokenizer: Mapping[str, Any]) -> list[tuple[str, int]]:

@@ -122,6 +122,16 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
+def listed(problems: Mapping[str, list[str]], most: int = 4) -> str:
+    """Names by what is wrong with them, the first few of each: "2 missing: a, b; 1 unexpected: c"."""
+    shown = {kind: ", ".join(names[:most]) + _rest(names, most) for kind, names in problems.items() if names}
+    return "; ".join(f"{len(problems[kind])} {kind}: {names}" for kind, names in shown.items())
+
+
+def _rest(names: list[str], most: int) -> str:
+    return f" and {len(names) - most} more" if len(names) > most else ""
+
+
 @contextmanager
 def open_tensors(file: Path) -> Iterator[Any]:
     """``safe_open`` on the CPU, whose errors name the file."""

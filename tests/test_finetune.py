@@ -11,25 +11,24 @@ import numpy as np
 import pytest
 import release_fixture as oracle
 import torch
-from cli_cases import console, spoil, untouched
+from cli_cases import TEXTS, console, prepared, spoil, untouched
 from finetune_cases import QUICK, SIZES, conversations, quick_config, write_base, write_chat
 from lora_cases import randomise
 from model_cases import relative_rms
-from run_cases import contents, packed_batch, rows
+from run_cases import OVERRIDES, contents, packed_batch, plan, rows
 from safetensors.torch import load_file
 from torch import Tensor
 
 import openv4.kernels.moe as moe
 import openv4.train.loop as loop
 from openv4.data.packing import pack
-from openv4.data.shards import DataError, PreparedData
+from openv4.data.shards import PreparedData
 from openv4.model import ModelConfig, Transformer, load_pretrained
-from openv4.model.lora import LoRAConfig, load_adapter, lora_parameters
+from openv4.model.lora import lora_parameters
 from openv4.model.loss import Counts, training_losses
 from openv4.model.released import released_tensors
 from openv4.model.tensor_files import WeightsError
-from openv4.optim.groups import Optimizers, build_optimizers
-from openv4.optim.schedule import Plan
+from openv4.optim.groups import build_optimizers
 from openv4.train.checkpoint import CheckpointError, base_of, find_tokenizer, load_model
 from openv4.train.config import ConfigError, TrainConfig, load_config
 from openv4.train.loop import build_model, train, training_step
@@ -65,13 +64,13 @@ def test_the_architecture_is_that_of_the_folder(release: Path) -> None:
     given = f"model.pretrained={release}"
     whole = ModelConfig.from_json(release)
     for overrides in (["run=lora", given, "data.path=x"], [given, "data.path=x", "run=finetune"]):
-        config = load_config(overrides)
+        config = load_config([*overrides, *QUICK])
         assert (config.model, config.pretrained) == (whole, str(release))
         assert (config.lora is None) == ("run=finetune" in overrides)
     assert whole.hidden_size == SIZES["hidden_size"] and whole.num_nextn_predict_layers == 1
     smoke = load_config(["run=smoke", given])
     assert (smoke.model, smoke.lora, smoke.epochs, len(smoke.stages)) == (whole, None, None, 2)
-    bare = load_config(["run=lora", given, "data.path=x", "model.num_nextn_predict_layers=0"]).model
+    bare = load_config(["run=lora", given, "data.path=x", "model.num_nextn_predict_layers=0", *QUICK]).model
     assert bare.compress_ratios == whole.compress_ratios[:3] and bare.num_nextn_predict_layers == 0
     assert asdict(bare) == asdict(whole) | {
         "num_nextn_predict_layers": 0,
@@ -94,22 +93,17 @@ def test_dropping_the_mtp_block(release: Path, chat: Path, tmp_path: Path) -> No
     assert trained.config.num_nextn_predict_layers == 0
 
 
-def test_another_recipe_from_pretrained_weights(release: Path, tmp_path: Path, workshop: Path) -> None:
+def test_another_recipe_from_pretrained_weights(release: Path, tmp_path: Path) -> None:
     """`run=smoke model.pretrained=` goes on with pretraining; its first loss is that of the released weights."""
-    lengths = ["stages.0.sequence_length=128", "stages.0.batch_tokens=256", "stages.0.batch_tokens_start=null"]
-    overrides = [*QUICK, *lengths, "stages.0.batch_ramp_tokens=0", "validation.byte_model_order=null", "steps=1"]
-    given = ["run=smoke", f"model.pretrained={release}", f"data={workshop / 'data'}", f"output={tmp_path / 'run'}"]
-    removed = ("precision.compute", "stages.0.lr", "recompute")
-    kept = [o for o in overrides if not o.startswith(removed)]
-    run = train(load_config([*given, *kept, "logging.sample_prompt=null"]))
-    (row,) = rows(run)
-    fresh = load_pretrained(release, torch.float32)
-    config = load_config([*given, *kept])
-    loader = loop.open_dataset(config.data, run, config.model).loader(config.seed, 0)
-    batch = loader.next_batch(2, 128)
-    counts = Counts.of([batch.segments])
-    losses = training_losses(fresh, batch.tokens, batch.segments, "dense")
-    assert row["train/loss"] == pytest.approx(float(losses.main / counts.main), rel=1e-6)
+    data = prepared(tmp_path / "data", TEXTS)
+    given = ["run=smoke", f"model.pretrained={release}", f"data={data}", f"output={tmp_path / 'run'}", *OVERRIDES[11:]]
+    config = replace(load_config(given), steps=1)
+    (row,) = rows(train(config))
+    model = load_pretrained(release, torch.float32)
+    batch = loop.open_dataset(config.data, tmp_path, config.model).loader(config.seed, 0).next_batch(2, 64)
+    losses = training_losses(model, batch.tokens, batch.segments, "dense")
+    expected = float(losses.main.detach() / Counts.of([batch.segments]).main)
+    assert row["train/loss"] == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("run", ["lora", "finetune"])
@@ -291,17 +285,16 @@ def lora_run(
     return config, kept.models[0]
 
 
+def raw_bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().flatten().view(torch.uint8)
+
+
 def test_only_adapters_change(lora_run: tuple[TrainConfig, Transformer]) -> None:
     config, trained = lora_run
     fresh = build_model(config, CPU)
     for name, tensor in fresh.state_dict().items():
-        after = trained.state_dict()[name]
-        changed = (
-            tensor.numpy().tobytes() != after.numpy().tobytes()
-            if tensor.itemsize > 1
-            else bool((tensor.view(torch.uint8) != after.view(torch.uint8)).any())
-        )
-        assert changed == (".lora." in name), name
+        same = torch.equal(raw_bytes(tensor), raw_bytes(trained.state_dict()[name]))
+        assert same == (".lora." not in name), name
     assert {name for name, p in trained.named_parameters() if p.requires_grad} == set(lora_parameters(trained))
     run = Path(config.output)
     losses = [row["train/loss"] for row in rows(run)]
@@ -372,16 +365,15 @@ def assert_same_end(run: Path, straight: Path, steps: int) -> None:
     assert json.loads((run / "summary.json").read_text()) == json.loads((straight / "summary.json").read_text())
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective"])
-def test_resumed_with_dropout(recompute: str, release: Path, prepared_chat: Path, tmp_path: Path) -> None:
-    """The masks go on where they were; and they act."""
+def test_resumed_with_dropout(release: Path, prepared_chat: Path, tmp_path: Path) -> None:
+    """The masks go on where they were, though blocks are computed again; and they act."""
     targets = "lora.targets=[wq_a,wq_b,wkv,wo_b,shared_experts,compressor]"
-    options = [targets, "lora.dropout=0.3", f"recompute={recompute}", "checkpoint.every=1", "checkpoint.keep=4"]
-    config = quick_config("lora", release, prepared_chat, tmp_path / "straight", *options, "steps=4")
+    options = [targets, "lora.dropout=0.3", "recompute=selective", "checkpoint.every=1", "steps=3"]
+    config = quick_config("lora", release, prepared_chat, tmp_path / "straight", *options)
     straight = train(config)
-    for steps in (1, 3, 4):
+    for steps in (1, 3):
         run = train(replace(config, output=str(tmp_path / "run"), steps=steps))
-    assert_same_end(run, straight, 4)
+    assert_same_end(run, straight, 3)
     assert config.lora is not None
     dry = replace(config, output=str(tmp_path / "dry"), lora=replace(config.lora, dropout=0.0), steps=2)
     assert rows(train(dry))[1]["train/loss"] != rows(straight)[1]["train/loss"]
@@ -431,3 +423,271 @@ def test_the_indexer_as_a_target(
     for name, parameter in trained.items():
         assert parameter.any(), name  # B was zero
     assert all(row["indexer/kl"] > 0 for row in rows(run))
+
+
+# All weights.
+
+
+def released_values(folder: Path) -> dict[str, Tensor]:
+    """Everything in a folder by released name, float32 where it is a float."""
+    return {name: tensor.detach() for name, tensor in released_tensors(load_pretrained(folder, torch.float32))}
+
+
+@pytest.fixture(scope="module")
+def full_run(release: Path, prepared_chat: Path, tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path:
+    """Two steps with Muon in which MTP block, indexer and selection biases have nothing that trains them."""
+    output = tmp_path_factory.mktemp("full") / "run"
+    weights = ["stages.0.mtp_weight=0", "stages.0.indexer_weight=0", "stages.0.bias_speed=0"]
+    return train(quick_config("finetune", release, prepared_chat, output, *weights, "steps=2"))
+
+
+def test_what_nothing_trains_stays(full_run: Path, release: Path) -> None:
+    """Not by weight decay either. All else moves."""
+    before, after = released_values(release), released_values(full_run / "checkpoints" / "step_2")
+    assert before.keys() == after.keys()
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert same == {name for name in before if any(part in name for part in UNTOUCHED)}
+    for part in UNTOUCHED:
+        assert any(part in name for name in same), part
+    assert rows(full_run)[1]["train/loss"] < rows(full_run)[0]["train/loss"] - 0.2
+
+
+def test_what_is_asked_for_is_trained(release: Path, prepared_chat: Path, tmp_path: Path) -> None:
+    """The recipe's own weights for MTP and indexer; the selection biases move in steps of their speed."""
+    options = ["stages.0.bias_speed=0.01", "steps=2"]
+    run = train(quick_config("finetune", release, prepared_chat, tmp_path / "run", *options))
+    before, after = released_values(release), released_values(run / "checkpoints" / "step_2")
+    assert {name for name in before if torch.equal(before[name], after[name])} == {
+        name for name in before if name.endswith("tid2eid")
+    }
+    biases = [name for name in before if name.endswith("gate.bias")]
+    assert len(biases) == 3  # two learned layers and the MTP block's
+    for name in biases:
+        moved = (after[name] - before[name]) / 0.01
+        assert torch.allclose(moved, moved.round(), atol=1e-4) and 0 < moved.abs().max() < 2.1, name
+
+
+@pytest.mark.parametrize("matrices", ["muon", "adamw"])
+def test_the_optimizer_of_matrices(matrices: str, release: Path, chat: Path, tmp_path: Path) -> None:
+    """AdamW is torch's, on the same gradients; the default is Muon."""
+    given = [] if matrices == "muon" else ["optim.matrices=adamw"]
+    config = quick_config("finetune", release, chat, tmp_path, *given)
+    model = build_model(config, CPU)
+    optimizers = build_optimizers(model.named_parameters(), model.row_splits(), config.optim)
+    assert {row.optimizer for row in optimizers.table() if row.group == "attention"} == {
+        {"muon": "Muon", "adamw": "AdamW"}[matrices]
+    }
+    names = ("layers.1.attn.wq_b.weight", "layers.0.ffn.experts.w1", "layers.2.ffn.gate.weight", "layers.1.hc_ffn_fn")
+    parameters = {name: model.get_parameter(name) for name in names}
+    copies = {name: p.detach().clone().requires_grad_() for name, p in parameters.items()}
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    adamw = config.optim.adamw
+    torchs = torch.optim.AdamW(
+        copies.values(),
+        lr=3e-3,
+        betas=(adamw.beta1, adamw.beta2),
+        eps=adamw.eps,
+        weight_decay=adamw.weight_decay,
+        foreach=False,
+        fused=False,
+    )
+    for name, parameter in parameters.items():
+        parameter.register_hook(lambda gradient, name=name: setattr(copies[name], "grad", gradient.clone()))
+    for seed in range(2):
+        batch = packed_batch(SIZES["vocab_size"], rows=2, width=64, seed=seed)
+        training_step(model, optimizers, [batch], plan(3e-3), None)
+        torchs.step()
+    for name, parameter in parameters.items():
+        # Muon's update has an RMS of 0.18, AdamW's is near one, so they differ.
+        equal = relative_rms(parameter - before[name], copies[name] - before[name]) < 1e-4
+        assert equal == (matrices == "adamw"), name
+
+
+def test_export_gives_what_did_not_change_its_bits_back(full_run: Path, release: Path, tmp_path: Path) -> None:
+    """Codes, scales and all; what changed is quantised by the rule of recipe 8.1, from the trained values."""
+    assert console("export", f"checkpoint={full_run}", f"output={tmp_path / 'out'}", "format=fp4+fp8") == 0
+    before, after = oracle.read_release(release), oracle.read_release(tmp_path / "out")
+    assert before.keys() == after.keys()
+    trained = released_values(full_run / "checkpoints" / "step_2")
+    for name, stored in before.items():
+        assert (after[name].dtype, after[name].shape) == (stored.dtype, stored.shape), name
+        if any(part in name for part in UNTOUCHED):
+            assert after[name] == stored, name
+        elif (scale := oracle.scale_of(name)) in before and name != scale:
+            assert after[name] != stored, name
+            quantise = oracle.quantise_fp4 if stored.dtype == "I8" else oracle.quantise_fp8
+            codes, scales = quantise(trained[name].double().numpy())
+            assert after[scale] == oracle.stored_scales(scales, "F8_E8M0"), name
+            assert after[name].data == (oracle.pack(codes) if stored.dtype == "I8" else codes).tobytes(), name
+    files = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "LICENSE")
+    assert all((tmp_path / "out" / file).read_bytes() == (release / file).read_bytes() for file in files)
+    model = load_pretrained(tmp_path / "out", torch.float32)
+    decoded = oracle.values(after)
+    assert all(torch.equal(t.double(), torch.from_numpy(decoded[n])) for n, t in released_tensors(model))
+
+
+def test_export_with_a_base_by_name(full_run: Path, release: Path, tmp_path: Path) -> None:
+    """A checkpoint that left its run has no base of its own, and scales of its own making."""
+    shutil.copytree(full_run / "checkpoints" / "step_2", tmp_path / "alone")
+    export = ["export", f"checkpoint={tmp_path / 'alone'}", "format=fp4+fp8"]
+    assert console(*export, f"output={tmp_path / 'with'}", f"base={release}") == 0
+    assert console("export", f"checkpoint={full_run}", f"output={tmp_path / 'run'}", "format=fp4+fp8") == 0
+    assert contents(tmp_path / "with") == contents(tmp_path / "run")
+    assert console(*export, f"output={tmp_path / 'without'}") == 0
+    before, after = oracle.read_release(release), oracle.read_release(tmp_path / "without")
+    assert any(before[name] != after[name] for name in before if name.startswith("mtp.") and name.endswith(".scale"))
+    # The values are the same: codes of another scale, exactly representable.
+    values, others = oracle.values(before), oracle.values(after)
+    for name in ("mtp.0.attn.wq_b.weight", "mtp.0.ffn.experts.2.w1.weight"):
+        assert (values[name] == others[name]).mean() > 0.9, name
+
+
+# Epochs.
+
+
+def steps_of(config: TrainConfig, data: Path) -> int:
+    """Packed rows of the training split, over the rows of a step."""
+    store = PreparedData(data).split("train")
+    lengths = store.length(np.arange(store.documents))
+    assert config.epochs is not None
+    stage = config.stages[-1]
+    return max(1, round(config.epochs * pack(lengths, 128).rows * 128 / stage.batch_tokens))
+
+
+@pytest.mark.parametrize("epochs", [0.01, 0.5, 1, 2.6])
+def test_epochs_set_the_steps(epochs: float, release: Path, prepared_chat: Path, tmp_path: Path) -> None:
+    options = [f"epochs={epochs}", "stages.0.warmup_steps=20"]
+    config = quick_config("lora", release, prepared_chat, tmp_path / "run", *options)
+    steps = steps_of(config, prepared_chat)
+    data = loop.open_dataset(config.data, tmp_path, config.model)
+    (stage,) = loop.stages(config, data)
+    assert stage.tokens == steps * 256 and stage.warmup_steps == steps // 4
+    assert replace(stage, tokens=config.stages[0].tokens, warmup_steps=20) == config.stages[0]
+    assert loop.stages(replace(config, epochs=None), data) == config.stages
+    assert steps == {0.01: 1, 0.5: 2, 1: 4, 2.6: 10}[epochs]
+
+
+def test_epochs_of_a_run_that_was_interrupted(release: Path, prepared_chat: Path, tmp_path: Path) -> None:
+    options = ["epochs=1.5", "stages.0.warmup_steps=1", "checkpoint.every=1"]
+    config = quick_config("lora", release, prepared_chat, tmp_path / "straight", *options)
+    straight = train(config)
+    steps = steps_of(config, prepared_chat)
+    assert [row["step"] for row in rows(straight)] == list(range(1, steps + 1)) and steps == 6
+    assert rows(straight)[0]["data/epoch"] == 0 and rows(straight)[-1]["data/epoch"] == 1
+    again = replace(config, output=str(tmp_path / "run"))
+    train(replace(again, steps=2))
+    assert_same_end(train(again), straight, steps)
+    with pytest.raises(ConfigError, match=r"epochs was 1\.5, now 2\.0"):
+        train(replace(again, epochs=2.0))
+
+
+# Bad input.
+
+
+def talk(*messages: tuple[str, str], **keys: Any) -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": content} for role, content in messages]} | keys
+
+
+GOOD = talk(("user", "light?"), ("assistant", "day."))
+CALL = {"type": "function", "function": {"name": "look", "arguments": '{"a": '}}
+BAD_LINES: dict[str, tuple[str, str]] = {
+    "no assistant": (json.dumps(talk(("user", "light?"))), "assistant"),
+    "not JSON": ('{"messages": [', "JSON"),
+    "no messages": ('{"text": "light"}', "messages"),
+    "a role of no one": (json.dumps(talk(("user", "a"), ("narrator", "b"))), "narrator"),
+    "a content that is a number": ('{"messages": [{"role": "user", "content": 1}]}', "content"),
+    "a tool call that is no JSON": (
+        json.dumps(
+            {
+                "messages": [
+                    {"role": "user", "content": "light?"},
+                    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+                ]
+            }
+        ),
+        "arguments",
+    ),
+    "longer than a row": (json.dumps(talk(("user", "light " * 300), ("assistant", "day."))), "128"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LINES)
+def test_bad_conversations(case: str, refused: Callable[..., str], release: Path, tmp_path: Path) -> None:
+    """One line with file and line; and when the line is mended, the same command trains."""
+    line, word = BAD_LINES[case]
+    good = json.dumps(GOOD)
+    file = tmp_path / "chat.jsonl"
+    file.write_text(f"{good}\n{good}\n{line}\n")
+    command = ["train", "run=lora", f"model.pretrained={release}", f"data.path={file}", f"output={tmp_path / 'run'}"]
+    message = refused(*command, *QUICK, "steps=1")
+    assert f"{file}:3" in message and word in message
+    assert not [path for path in (tmp_path / "run").rglob("*") if path.name.endswith((".npy", ".safetensors"))]
+    if case in ("no assistant", "longer than a row"):
+        file.write_text(f"{good}\n" * 3)
+        assert console(*command, *QUICK, "steps=1") == 0
+
+
+def test_a_longer_row_is_the_way_out(refused: Callable[..., str], release: Path, tmp_path: Path) -> None:
+    file = write_chat(tmp_path / "chat.jsonl", [GOOD, talk(("user", "light " * 100), ("assistant", "day."))])
+    command = ["train", "run=lora", f"model.pretrained={release}", f"data.path={file}", f"output={tmp_path / 'run'}"]
+    assert f"{file}:2" in refused(*command, *QUICK, "steps=1")
+    longer = ["stages.0.sequence_length=512", "stages.0.batch_tokens=512"]
+    assert console(*command, *QUICK, *longer, "steps=1") == 0
+
+
+def test_conversations_that_changed(refused: Callable[..., str], release: Path, tmp_path: Path) -> None:
+    """Between two starts of a run."""
+    file = write_chat(tmp_path / "chat.jsonl", conversations(8))
+    run = tmp_path / "run"
+    command = ["train", "run=lora", f"model.pretrained={release}", f"data.path={file}", f"output={run}", *QUICK]
+    assert console(*command, "steps=1") == 0
+    write_chat(file, conversations(8, seed=1))
+    with untouched(run / "checkpoints", run / "data"):
+        message = refused(*command, "steps=2")
+    assert str(run / "data") in message and "was prepared with" in message
+
+
+@pytest.mark.parametrize("what", ["data", "no file", "empty file", "tokenizer"])
+def test_data_that_is_none(what: str, refused: Callable[..., str], release: Path, chat: Path, tmp_path: Path) -> None:
+    base, path = release, chat
+    if what == "data":
+        path = tmp_path
+    elif what == "no file":
+        path = tmp_path / "nowhere.jsonl"
+    elif what == "empty file":
+        path = tmp_path / "empty.jsonl"
+        path.write_text("")
+    else:
+        base = tmp_path / "base"
+        shutil.copytree(release, base)
+        (base / "tokenizer.json").unlink()
+    command = ["train", "run=lora", f"model.pretrained={base}", f"data.path={path}", f"output={tmp_path / 'run'}"]
+    message = refused(*command, *QUICK)
+    assert str(base if what == "tokenizer" else path) in message
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+@pytest.mark.parametrize("how", ["cut", "gone", "missing tensor", "NaN"])
+def test_damaged_weights(how: str, refused: Callable[..., str], chat: Path, release: Path, tmp_path: Path) -> None:
+    """In one of three shards; mended, the same command trains."""
+    base, tensors = tmp_path / "base", oracle.read_release(release)
+    config = json.loads((release / "config.json").read_text())
+    oracle.write_folder(base, config, tensors, shards=3)
+    shutil.copy(release / "tokenizer.json", base)
+    shard = base / "model-00002-of-00003.safetensors"
+    good, name = shard.read_bytes(), "layers.1.attn.wq_a.weight"
+    command = ["train", "run=lora", f"model.pretrained={base}", f"data.path={chat}", f"output={tmp_path / 'run'}"]
+    if how in ("cut", "gone"):
+        spoil(shard, how)
+    else:
+        stored = tensors[name]
+        changed = {name: replace(stored, data=b"\x7f" + stored.data[1:])} if how == "NaN" else {}
+        shutil.rmtree(base)
+        oracle.write_folder(base, config, {k: v for k, v in tensors.items() if k != name} | changed)
+        shutil.copy(release / "tokenizer.json", base)
+    message = refused(*command, *QUICK, "precision.base=bf16", "steps=1")
+    assert (str(shard) if how in ("cut", "gone") else name) in message
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+    if how == "cut":
+        shard.write_bytes(good)
+        assert console(*command, *QUICK, "precision.base=bf16", "steps=1") == 0

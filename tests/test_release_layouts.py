@@ -22,7 +22,8 @@ from release_fixture import COPIES, EVEN, INDEX, RAGGED, Stored, Values
 
 from openv4.model import ModelConfig, Transformer, load_pretrained, save_pretrained
 from openv4.model.config import ModelConfigError
-from openv4.model.released import WeightsError
+from openv4.model.released import WeightsError, released_tensors
+from openv4.model.tensor_files import TensorFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -363,6 +364,28 @@ Tensors = dict[str, Stored]
 FP8 = "layers.1.attn.wq_b.weight"
 EXPERT = "layers.3.ffn.experts.2.w2.weight"
 FP8_SCALE, EXPERT_SCALE = oracle.scale_of(FP8), oracle.scale_of(EXPERT)
+
+
+@pytest.mark.parametrize("variant", ["instruct", "base"])
+def test_only_what_is_owned_is_read(variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that owns two layers' attention and some experts reads these and no byte of the others."""
+    expected = oracle.write_release(tmp_path / "release", RAGGED, variant, shards=3, extra_copies=variant == "base")
+    read: list[str] = []
+    whole = TensorFolder.read
+    monkeypatch.setattr(TensorFolder, "read", lambda folder, name: read.append(name) or whole(folder, name))
+
+    def owned(name: str) -> bool:
+        return name.startswith(("layers.1.attn.", "layers.2.attn.")) or ".experts.1." in name
+
+    model = load_pretrained(tmp_path / "release", torch.float32, owned=owned)
+    assert {name for name in read if not name.endswith(".scale")} == {name for name in expected if owned(name)}
+    assert {name.removesuffix("scale") + "weight" for name in read if name.endswith(".scale")} <= set(read)
+    tensors = dict(released_tensors(model))
+    for name, values in expected.items():
+        if owned(name):
+            assert np.array_equal(tensors[name].detach().double().numpy(), values)
+        elif name in tensors and ".experts." not in name:
+            assert tensors[name].device.type == "meta"
 
 
 def refusal(folder: Path) -> str:
