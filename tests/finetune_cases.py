@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,20 @@ QUICK = [
 ]
 
 
+# Matrices whose scales are larger than the rule of recipe 8.1 makes them: only who keeps them gives the bits back.
+SLACK = ("layers.1.attn.indexer.wq_b", "mtp.0.attn.wq_b", "mtp.0.ffn.experts.1.w3")
+
+
 def write_base(folder: Path, variant: str = "instruct", seed: int = 0, **changes: Any) -> Path:
     """A release of random weights, with files beside them as released."""
-    oracle.write_release(folder, SIZES | changes, variant, seed, wild=False)
+    sizes = SIZES | changes
+    tensors = oracle.random_tensors(sizes, variant, seed, wild=False)
+    for name in SLACK:
+        if stored := tensors.get(f"{name}.weight"):
+            # Without its highest bit a code is of one half of a group's range or less.
+            mask = 0xBB if stored.dtype == "I8" else 0xBF
+            tensors[f"{name}.weight"] = replace(stored, data=bytes(byte & mask for byte in stored.data))
+    oracle.write_folder(folder, oracle.config_json(sizes, variant), tensors)
     chat_tokenizer().save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "mine": true}')
     (folder / "generation_config.json").write_text('{"temperature": 1.0}')

@@ -333,7 +333,7 @@ def test_a_full_disk_leaves_what_was_there(what: str, call: int, saved: Path, mo
     with monkeypatch.context() as patch:
         if what == "tensors":
             error = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-            patch.setattr(released, "save_file", full_disk_at(call, save_file, error))
+            patch.setattr(tensor_files, "save_file", full_disk_at(call, save_file, error))
         elif what == "text":
             patch.setattr(Path, "write_text", full_disk_at(call, Path.write_text))
         else:

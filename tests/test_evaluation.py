@@ -12,6 +12,7 @@ from model_cases import random_config, random_model
 from torch import Tensor
 
 from openv4.model import Transformer
+from openv4.model.lora import LoRAConfig, add_lora, lora_parameters
 from openv4.train.evaluation import evaluate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -140,3 +141,16 @@ def test_nothing_to_predict_is_no_division_by_zero(model: Transformer, token_byt
         result = evaluate(model, stores, token_bytes, 8)
         assert (result.loss, result.bits_per_byte, result.tokens) == (0.0, 0.0, 0)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_dropout_rests_while_evaluating(token_bytes: Tensor) -> None:
+    """The loss is that of the adapters without dropout, and training goes on with it."""
+    model = random_model(random_config(0), 0)
+    documents = [Documents(drawn((30, 50), model.config.vocab_size))]
+    add_lora(model, LoRAConfig(rank=2, dropout=0.5, targets=("wq_a", "shared_experts")))
+    for parameter in lora_parameters(model).values():
+        torch.nn.init.normal_(parameter, 0.0, 0.1)
+    losses = [evaluate(model, documents, token_bytes, 40).loss for _ in range(2)]
+    assert model.training and losses[0] == losses[1]
+    model.eval()
+    assert evaluate(model, documents, token_bytes, 40).loss == losses[0] and not model.training

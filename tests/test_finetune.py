@@ -12,7 +12,7 @@ import pytest
 import release_fixture as oracle
 import torch
 from cli_cases import TEXTS, console, prepared, spoil, untouched
-from finetune_cases import QUICK, SIZES, conversations, quick_config, write_base, write_chat
+from finetune_cases import QUICK, SIZES, SLACK, conversations, quick_config, write_base, write_chat
 from lora_cases import randomise
 from model_cases import relative_rms
 from run_cases import OVERRIDES, contents, packed_batch, plan, rows
@@ -96,7 +96,7 @@ def test_dropping_the_mtp_block(release: Path, chat: Path, tmp_path: Path) -> No
 def test_another_recipe_from_pretrained_weights(release: Path, tmp_path: Path) -> None:
     """`run=smoke model.pretrained=` goes on with pretraining; its first loss is that of the released weights."""
     data = prepared(tmp_path / "data", TEXTS)
-    given = ["run=smoke", f"model.pretrained={release}", f"data={data}", f"output={tmp_path / 'run'}", *OVERRIDES[11:]]
+    given = ["run=smoke", f"model.pretrained={release}", f"data={data}", f"output={tmp_path / 'run'}", *OVERRIDES[8:]]
     config = replace(load_config(given), steps=1)
     (row,) = rows(train(config))
     model = load_pretrained(release, torch.float32)
@@ -176,10 +176,9 @@ def test_contradictions(overrides: list[str], message: str, release: Path) -> No
 def test_a_target_that_the_model_lacks(refused: Callable[..., str], chat: Path, tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", compress_ratios=[16, 0, 0, 0])
     given = [f"model.pretrained={base}", f"data.path={chat}", f"output={tmp_path / 'run'}"]
-    assert refused("train", "run=lora", *given, *QUICK, *WITH_INDEXER) == (
-        "lora.targets = ['attention', 'shared_experts', 'experts', 'compressor', 'indexer']: no layer of this model has "
-        "indexer; leave it out"
-    )
+    message = refused("train", "run=lora", *given, *QUICK, *WITH_INDEXER)
+    assert message.startswith("lora.targets = ['attention', 'shared_experts', 'experts', 'compressor', 'indexer']: ")
+    assert message.endswith("no layer of this model has indexer; leave it out")
 
 
 # What the base is kept in.
@@ -535,11 +534,11 @@ def test_export_with_a_base_by_name(full_run: Path, release: Path, tmp_path: Pat
     assert contents(tmp_path / "with") == contents(tmp_path / "run")
     assert console(*export, f"output={tmp_path / 'without'}") == 0
     before, after = oracle.read_release(release), oracle.read_release(tmp_path / "without")
-    assert any(before[name] != after[name] for name in before if name.startswith("mtp.") and name.endswith(".scale"))
-    # The values are the same: codes of another scale, exactly representable.
+    changed = {name for name in before if name.startswith("mtp.") and before[name] != after[name]}
+    assert changed == {f"{name}.{part}" for name in SLACK for part in ("weight", "scale") if name.startswith("mtp.")}
+    # The values are the same, in codes of another scale.
     values, others = oracle.values(before), oracle.values(after)
-    for name in ("mtp.0.attn.wq_b.weight", "mtp.0.ffn.experts.2.w1.weight"):
-        assert (values[name] == others[name]).mean() > 0.9, name
+    assert all((values[name] == others[name]).all() for name in values if name.startswith("mtp."))
 
 
 # Epochs.
@@ -628,7 +627,7 @@ def test_bad_conversations(case: str, refused: Callable[..., str], release: Path
 
 
 def test_a_longer_row_is_the_way_out(refused: Callable[..., str], release: Path, tmp_path: Path) -> None:
-    file = write_chat(tmp_path / "chat.jsonl", [GOOD, talk(("user", "light " * 100), ("assistant", "day."))])
+    file = write_chat(tmp_path / "chat.jsonl", [GOOD, talk(("user", "light " * 40), ("assistant", "day."))])
     command = ["train", "run=lora", f"model.pretrained={release}", f"data.path={file}", f"output={tmp_path / 'run'}"]
     assert f"{file}:2" in refused(*command, *QUICK, "steps=1")
     longer = ["stages.0.sequence_length=512", "stages.0.batch_tokens=512"]

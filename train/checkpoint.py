@@ -230,7 +230,7 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: str
         model = load_pretrained(base_of(folder) if adapted else folder, dtype, device, progress=advance)
     if adapted:
         load_adapter(model, folder)
-    return model
+    return model.eval()
 
 
 def _step(folder: Path) -> int:

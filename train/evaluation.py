@@ -1,7 +1,8 @@
 """Validation: mean next-token loss, and bits per byte, which does not depend on the tokenizer."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,17 @@ class Evaluation:
     loss: float  # nats per predicted token
     bits_per_byte: float  # over the bytes of the predicted text; tokens that stand for no text are left out
     tokens: int  # predicted
+
+
+@contextmanager
+def without_dropout(model: Transformer) -> Iterator[None]:
+    """The adapters' dropout rests while the block lasts."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 @torch.no_grad()
@@ -41,18 +53,19 @@ def evaluate(
     device = token_bytes.device
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # nats, tokens, nats of text, bytes of text
     read = 0
-    for store in stores:
-        for batch in validation_batches(store, max(1, batch_tokens // row_length), row_length, pad_id):
-            if tokens is not None and read >= tokens:
-                break
-            read += batch.tokens.numel()
-            trained = None if batch.trained is None else batch.trained.to(device)
-            losses, targets = token_losses(
-                model, batch.tokens.to(device), batch.segments.to(device), attention, trained
-            )
-            predicted = targets >= 0
-            size = token_bytes[targets.clamp(min=0)] * predicted
-            text = losses[size > 0].double().sum()
-            sums += torch.stack((losses.double().sum(), predicted.sum().double(), text, size.sum().double()))
+    with without_dropout(model):
+        for store in stores:
+            for batch in validation_batches(store, max(1, batch_tokens // row_length), row_length, pad_id):
+                if tokens is not None and read >= tokens:
+                    break
+                read += batch.tokens.numel()
+                trained = None if batch.trained is None else batch.trained.to(device)
+                losses, targets = token_losses(
+                    model, batch.tokens.to(device), batch.segments.to(device), attention, trained
+                )
+                predicted = targets >= 0
+                size = token_bytes[targets.clamp(min=0)] * predicted
+                text = losses[size > 0].double().sum()
+                sums += torch.stack((losses.double().sum(), predicted.sum().double(), text, size.sum().double()))
     nats, count, text_nats, text_bytes = sums.tolist()
     return Evaluation(nats / max(count, 1), text_nats / math.log(2) / max(text_bytes, 1), int(count))

@@ -26,7 +26,7 @@ from ..model.released import copy_companions, copy_tokenizer, load_pretrained, w
 from ..model.tensor_files import write_json
 from ..model.transformer import Transformer
 from ..optim.groups import Optimizers, build_optimizers, clip_by_global_norm
-from ..optim.schedule import Plan, Schedule, Stage
+from ..optim.schedule import Plan, Schedule
 from .checkpoint import (
     CheckpointError,
     TrainState,
@@ -38,7 +38,7 @@ from .checkpoint import (
 )
 from .config import ConfigError, TrainConfig, from_yaml, to_yaml
 from .dataset import Dataset, open_dataset
-from .evaluation import Evaluation, evaluate
+from .evaluation import Evaluation, evaluate, without_dropout
 from .metrics import (
     MetricsFile,
     Row,
@@ -135,7 +135,7 @@ def train(config: TrainConfig) -> Path:
         )
         make_deterministic(config, device)
         data = open_dataset(config.data, run, config.model, config.pretrained, config.shortest_row)
-        schedule = Schedule(stages(config, data), config.steps)
+        schedule = make_schedule(config, data)
         loader = data.loader(config.seed, config.data.workers)
 
         model = build_model(config, device)
@@ -228,14 +228,19 @@ def build_model(config: TrainConfig, device: torch.device) -> Transformer:
     return model
 
 
-def stages(config: TrainConfig, data: Dataset) -> tuple[Stage, ...]:
-    """The stages of a run; with ``epochs``, the last one is as long as so many passes over the data."""
-    if config.epochs is None:
-        return config.stages
-    last = config.stages[-1]
-    steps = max(1, round(config.epochs * data.rows(last.sequence_length) * last.sequence_length / last.batch_tokens))
-    last = replace(last, tokens=steps * last.batch_tokens, warmup_steps=min(last.warmup_steps, steps // 4))
-    return (*config.stages[:-1], last)
+def make_schedule(config: TrainConfig, data: Dataset) -> Schedule:
+    """The schedule of a run; with ``epochs``, the last stage is as long as so many passes over the data."""
+    stages = config.stages
+    try:
+        if config.epochs is not None:
+            last = stages[-1]
+            rows = data.rows(last.sequence_length)
+            steps = max(1, round(config.epochs * rows * last.sequence_length / last.batch_tokens))
+            last = replace(last, tokens=steps * last.batch_tokens, warmup_steps=min(last.warmup_steps, steps // 4))
+            stages = (*stages[:-1], last)
+        return Schedule(stages, config.steps)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def claim_folder(run: Path, config: TrainConfig, stack: ExitStack) -> None:
@@ -514,7 +519,8 @@ def conclude(
             config.model.bos_token_id,
             *tokenizer.encode(config.logging.sample_prompt, add_special_tokens=False).ids,
         ]
-        ids = generate(model, prompt, config.logging.sample_tokens, seed=config.seed, stop=(data.eos,))
+        with without_dropout(model):
+            ids = generate(model, prompt, config.logging.sample_tokens, seed=config.seed, stop=(data.eos,))
         print_("a sample: ", tokenizer.decode(ids), markup=False)
     chats = any(folder.manifest.splits["train"].trained is not None for folder in data.folders)
     question = "chat=true prompt='Hello'" if chats else "prompt='In the beginning'"
