@@ -27,9 +27,11 @@ COMMANDS = {
     "preview": Command(
         "a conversation, and what training on it would count", "openv4 preview input=chat.jsonl tokenizer=my_model"
     ),
-    "train": Command("pretrain, or resume a run", "openv4 train run=smoke data=my_data"),
+    "train": Command("pretrain, fine-tune, or resume a run", "openv4 train run=smoke data=my_data"),
     "evaluate": Command("loss and bits per byte on held-out text", "openv4 evaluate checkpoint=runs/smoke"),
-    "generate": Command("continue a text", "openv4 generate checkpoint=runs/smoke prompt='In the beginning'"),
+    "generate": Command(
+        "continue a text, or reply with chat=true", "openv4 generate checkpoint=runs/smoke prompt='In the beginning'"
+    ),
     "export": Command(
         "write the released format, which transformers loads", "openv4 export checkpoint=runs/smoke output=my_model"
     ),

@@ -22,7 +22,7 @@ from run_cases import contents, optimizers_of, rows, tiny_config, trained
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-import openv4.model.released as released
+import openv4.model.tensor_files as tensor_files
 import openv4.train.checkpoint as checkpoint
 import openv4.train.loop as loop
 from openv4.model import load_pretrained

@@ -559,10 +559,13 @@ def test_epochs_set_the_steps(epochs: float, release: Path, prepared_chat: Path,
     config = quick_config("lora", release, prepared_chat, tmp_path / "run", *options)
     steps = steps_of(config, prepared_chat)
     data = loop.open_dataset(config.data, tmp_path, config.model)
-    (stage,) = loop.stages(config, data)
+    schedule = loop.make_schedule(config, data)
+    (stage,) = schedule.stages
+    assert schedule.total_steps == steps
     assert stage.tokens == steps * 256 and stage.warmup_steps == steps // 4
     assert replace(stage, tokens=config.stages[0].tokens, warmup_steps=20) == config.stages[0]
-    assert loop.stages(replace(config, epochs=None), data) == config.stages
+    config = replace(config, epochs=None, stages=(replace(config.stages[0], warmup_steps=0),))
+    assert loop.make_schedule(config, data).stages == config.stages
     assert steps == {0.01: 1, 0.5: 2, 1: 4, 2.6: 10}[epochs]
 
 
