@@ -76,8 +76,8 @@ def quantize_fp8(weight: Tensor, scale: Tensor | None = None) -> tuple[Tensor, T
     """FP8 codes and E8M0 scales of ``weight [..., O, I]``: scale = 2^ceil(log2(amax / 448)), amax at least 1e-4.
 
     Args:
-        scale: of an earlier quantisation: blocks whose values it represents exactly keep it, so that what did not
-            change keeps its bits.
+        scale: of an earlier quantisation. A block keeps it where it represents the values no worse (by the sum of
+            squared errors) than the rule's own would: exactly, if they did not change.
     """
     return _quantize(weight, scale, Blocks(FP8_BLOCK, FP8_BLOCK), FP8_MAX, FP8_FLOOR)
 
@@ -162,12 +162,19 @@ def _round(weight: Tensor, kept: Tensor | None, block: Blocks, largest: float, f
     scale = torch.ldexp(torch.ones_like(mantissa), exponent - (mantissa == 0.5).to(exponent.dtype))
     scale = scale.clamp_(2.0**-127, 2.0**127).float()
     if kept is not None:
+        # The rule alone would double the scale of a group whose largest code is 6 for the smallest growth of that one
+        # number, and round all others anew, twice as coarsely.
         kept = kept.float()
-        codes = _encode(_times(wide.clone(), 1 / kept, block), block)
-        changed = dequantize(codes, kept, torch.float32) != wide
-        scale = torch.where(_block_max(changed.to(torch.uint8), block) == 0, kept, scale)
+        scale = torch.where(_error(wide, kept, scale, block) <= _error(wide, scale, scale, block), kept, scale)
     codes = _encode(_times(wide.clone(), 1 / scale, block), block)
     return codes, scale.to(torch.float8_e8m0fnu)
+
+
+def _error(wide: Tensor, scale: Tensor, unit: Tensor, block: Blocks) -> Tensor:
+    """Sum of squared rounding errors of each block, in squares of ``unit``, which keeps them in float32's range."""
+    codes = _encode(_times(wide.clone(), 1 / scale, block), block)
+    error = _times(dequantize(codes, scale, torch.float32).sub_(wide), 1 / unit, block)
+    return _tiles(error.square_(), block).sum((-3, -1))
 
 
 def _encode(scaled: Tensor, block: Blocks) -> Tensor:
@@ -208,7 +215,12 @@ def _times(values: Tensor, scale: Tensor, block: Blocks) -> Tensor:
 
 def _block_max(values: Tensor, block: Blocks) -> Tensor:
     """The largest of each block of non-negative ``values [..., O, I]``, ``scale_shape`` of it."""
+    return _tiles(values, block).amax((-3, -1))
+
+
+def _tiles(values: Tensor, block: Blocks) -> Tensor:
+    """``[..., O, I]`` in blocks, ``[..., rows of blocks, rows, columns of blocks, columns]``, padded with zeros."""
     down, across = (-values.shape[-2] % block.rows, -values.shape[-1] % block.columns)
     padded = torch.nn.functional.pad(values, (0, across, 0, down)) if down or across else values
     tiles: Tensor = padded.unflatten(-1, (-1, block.columns)).unflatten(-3, (-1, block.rows))
-    return tiles.amax((-3, -1))
+    return tiles

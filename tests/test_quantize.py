@@ -297,14 +297,40 @@ def test_a_changed_group_follows_the_rule_and_its_neighbours_stay() -> None:
 
 
 @pytest.mark.parametrize("factor", [2.0**-9, 2.0**-1, 2.0, 2.0**10])
-def test_a_scale_that_is_too_small_or_too_coarse_is_not_kept(factor: float) -> None:
-    """Random weights: whatever the earlier scale, values are never saturated or rounded further than by the rule."""
+def test_a_block_takes_the_better_of_its_earlier_scale_and_the_rules(factor: float) -> None:
+    """By the sum of squared errors, block by block; scales far too small or too coarse are never kept."""
     weight = random_weight((200, 160), torch.float32, 7)
-    for quantize in (quantize_fp8, quantize_fp4):
+    exact = weight.double().numpy()
+    for quantize, block in ((quantize_fp8, (128, 128)), (quantize_fp4, (1, 32))):
         codes, scales = quantize(weight)
-        again, kept = quantize(weight, (scales.float() * factor).to(scales.dtype))
-        np.testing.assert_array_equal(bits(again), bits(codes))
-        np.testing.assert_array_equal(bits(kept), bits(scales))
+        given = (scales.float() * factor).to(scales.dtype)
+        again, kept = quantize(weight, given)
+        error = {
+            name: block_sum((dequantize(*pair, torch.float64).numpy() - exact) ** 2, block)
+            for name, pair in (("rule", (codes, scales)), ("chosen", (again, kept)))
+        }
+        keeps = bits(kept) == bits(given)
+        assert np.all(keeps | (bits(kept) == bits(scales)))
+        assert np.all(error["chosen"] <= error["rule"])
+        np.testing.assert_array_equal(error["chosen"][~keeps], error["rule"][~keeps])
+        if not 0.25 < factor < 4:
+            assert not keeps.any()
+
+
+def test_one_number_that_grows_a_little_leaves_its_group_alone() -> None:
+    """A group whose largest code is 6: the rule would double its scale and round 0.5 and 1.5 away."""
+    before = torch.tensor([[6.0, 0.5, -1.5, 3.0] * 8])
+    codes, scales = quantize_fp4(before)
+    grown = before.clone()
+    grown[0, 0] = 6.01
+    again, kept = quantize_fp4(grown, scales)
+    assert torch.equal(again, codes) and torch.equal(kept.float(), scales.float())
+    assert not torch.equal(dequantize(*quantize_fp4(grown), torch.float32), before)
+
+
+def block_sum(values: np.ndarray, block: tuple[int, int]) -> np.ndarray:
+    sums = np.add.reduceat(values, np.arange(0, values.shape[0], block[0]), 0)
+    return np.add.reduceat(sums, np.arange(0, values.shape[1], block[1]), 1)
 
 
 # FP4 as FP8.
