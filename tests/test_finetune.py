@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import release_fixture as oracle
 import torch
-from cli_cases import TEXTS, console, prepared, spoil, untouched
+from cli_cases import TEXTS, Run, console, prepared, spoil, untouched
 from finetune_cases import QUICK, SIZES, SLACK, conversations, quick_config, write_base, write_chat
 from lora_cases import randomise
 from model_cases import relative_rms
@@ -364,8 +364,8 @@ def assert_same_end(run: Path, straight: Path, steps: int) -> None:
     assert json.loads((run / "summary.json").read_text()) == json.loads((straight / "summary.json").read_text())
 
 
-def test_resumed_with_dropout(release: Path, prepared_chat: Path, tmp_path: Path) -> None:
-    """The masks go on where they were, though blocks are computed again; and they act."""
+def test_resumed_with_dropout(release: Path, prepared_chat: Path, openv4: Run, tmp_path: Path) -> None:
+    """The masks go on where they were, though blocks are computed again; they act, but not in validation."""
     targets = "lora.targets=[wq_a,wq_b,wkv,wo_b,shared_experts,compressor]"
     options = [targets, "lora.dropout=0.3", "recompute=selective", "checkpoint.every=1", "steps=3"]
     config = quick_config("lora", release, prepared_chat, tmp_path / "straight", *options)
@@ -373,6 +373,8 @@ def test_resumed_with_dropout(release: Path, prepared_chat: Path, tmp_path: Path
     for steps in (1, 3):
         run = train(replace(config, output=str(tmp_path / "run"), steps=steps))
     assert_same_end(run, straight, 3)
+    validated = json.loads((run / "summary.json").read_text())["validation/loss"]
+    assert json.loads(openv4("evaluate", f"checkpoint={run}").out)["loss"] == pytest.approx(validated, rel=1e-6)
     assert config.lora is not None
     dry = replace(config, output=str(tmp_path / "dry"), lora=replace(config.lora, dropout=0.0), steps=2)
     assert rows(train(dry))[1]["train/loss"] != rows(straight)[1]["train/loss"]
