@@ -2,10 +2,12 @@
 
 import json
 import random
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import release_fixture as oracle
 from chat_cases import chat_tokenizer
 from cli_cases import WORDS
@@ -97,3 +99,35 @@ def write_chat(file: Path, records: list[dict[str, Any]]) -> Path:
 def quick_config(run: str, base: Path, chat: Path, output: Path, *overrides: str) -> TrainConfig:
     given = [f"run={run}", f"model.pretrained={base}", f"data.path={chat}", f"output={output}"]
     return load_config([*given, *QUICK, *overrides])
+
+
+def scales_of(stored: oracle.Stored) -> oracle.Values:
+    raw = oracle.array(stored)
+    return oracle.e8m0(raw) if stored.dtype == "F8_E8M0" else raw.astype(np.float64)
+
+
+def assert_quantised(
+    name: str, exact: oracle.Values, after: Mapping[str, oracle.Stored], before: Mapping[str, oracle.Stored]
+) -> None:
+    """The nearest codes of ``exact``; each block by the rule of recipe 8.1, or with the scale that it had, whichever is
+    nearer."""
+    stored, scale = after[name], after[oracle.scale_of(name)]
+    block, quantise = ((1, 32), oracle.quantise_fp4) if stored.dtype == "I8" else ((128, 128), oracle.quantise_fp8)
+
+    def errors(scales: oracle.Values) -> oracle.Values:
+        codes = quantise(exact, scales)[0]
+        decoded = oracle.E2M1[codes] if stored.dtype == "I8" else oracle.e4m3(codes)
+        off = decoded * oracle.spread(scales, exact.shape, block) - exact
+        rows, columns = range(0, exact.shape[0], block[0]), range(0, exact.shape[1], block[1])
+        return np.array([[np.square(off[r : r + block[0], c : c + block[1]]).sum() for c in columns] for r in rows])
+
+    found, rule = scales_of(scale), quantise(exact)[1]
+    if before[name].dtype == stored.dtype:
+        kept = scales_of(before[oracle.scale_of(name)])
+        assert ((found == kept) | (found == rule)).all(), name
+        # Of sums in float32 over up to 128 x 128 numbers.
+        assert (errors(found) <= np.minimum(errors(kept), errors(rule)) * (1 + 1e-4)).all(), name
+    else:
+        assert (found == rule).all(), name
+    codes = quantise(exact, found)[0]
+    assert stored.data == (oracle.pack(codes) if stored.dtype == "I8" else codes).tobytes(), name

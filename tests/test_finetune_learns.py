@@ -16,7 +16,7 @@ from openv4.train.checkpoint import load_model
 RESTYLED = CONVERSATIONS.with_name("restyled.jsonl.gz")
 PLAIN = re.compile(r"(After|Before) .+ comes .+\.|.+ has \d+ chapters?\.|.+ says: \".+\"|\d+")
 TURNED = re.compile(r".+ comes (after|before) .+\.|There (is|are) \d+ chapters? in .+\.|\".+\" says .+ \d+:\d+\.")
-QUESTIONS = 24
+QUESTIONS = 20
 
 
 def share(checkpoint: Path, data: Path, form: re.Pattern[str]) -> float:

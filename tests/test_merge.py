@@ -10,7 +10,7 @@ import pytest
 import release_fixture as oracle
 import torch
 from cli_cases import Run, console, spoil, untouched
-from finetune_cases import write_base
+from finetune_cases import assert_quantised, write_base
 from lora_cases import randomise, tokens_for
 from model_cases import relative_rms
 from run_cases import contents
@@ -86,10 +86,8 @@ def test_merged(
             exact = total if stored.dtype == "F32" else total.bfloat16()
             assert stored.data == exact.view(torch.uint8).numpy().tobytes(), name
             continue
-        quantise = oracle.quantise_fp4 if stored.dtype == "I8" else oracle.quantise_fp8
-        codes, scales = quantise(total.double().numpy())
-        assert after[scale] == oracle.stored_scales(scales, "F8_E8M0" if kind == "fp4+fp8" else "F32"), name
-        assert stored.data == (oracle.pack(codes) if stored.dtype == "I8" else codes).tobytes(), name
+        assert after[scale].dtype == ("F8_E8M0" if kind == "fp4+fp8" else "F32")
+        assert_quantised(name, total.double().numpy(), after, before)
     experts = {after[name].dtype for name in gained if ".experts." in name}
     assert experts == {DTYPES.get(kind, "I8")}
 

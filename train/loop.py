@@ -189,7 +189,7 @@ def train(config: TrainConfig) -> Path:
                 meter.settle(state)
                 state.data = loader.state_dict()
                 with meter.aside():
-                    adapter = (config.lora, str(config.pretrained)) if config.lora else None
+                    adapter = (config.lora, str(Path(config.pretrained or "").resolve())) if config.lora else None
                     save_checkpoint(run / "checkpoints", model, optimizers, state, config.checkpoint.keep, adapter)
         if meter.steps == 0 and (state.step > schedule.total_steps or concluded(run, state)):
             terminal.console.print(f"{run}: this run is complete at step {state.step}; raise steps= to go on")
