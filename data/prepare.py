@@ -25,7 +25,8 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from .chat import Conversation, Effort, encode_batch, find_templates, parse_record, special_token_ids
+from .chat import encode_batch, find_templates, special_token_ids
+from .conversation import Conversation, Effort, parse_record
 from .reading import CHAT_SUFFIXES, input_files, json_object, lines, texts
 from .shards import (
     FORMAT_VERSION,

@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.text import Text
 from tokenizers import Tokenizer
 
-from ..data.chat import Effort, Encoded, chosen_effort, encode, find_templates, parse_record, special_token_ids
+from ..data.chat import Encoded, chosen_effort, encode, find_templates, special_token_ids
+from ..data.conversation import Effort, parse_record
 from ..data.reading import CHAT_SUFFIXES, input_files, json_object, lines
 from ..data.tokenizer import load_tokenizer
 from ..train.config import ConfigError

@@ -22,18 +22,14 @@ from openv4.data.chat import (
     EXTRACTED_URL,
     OPTIONAL_TOKENS,
     REMINDER,
-    TASKS,
-    Conversation,
-    Message,
     Templates,
-    ToolCall,
     encode,
     encode_batch,
     encode_prompt,
-    parse_record,
     parse_reply,
     render,
 )
+from openv4.data.conversation import TASKS, Conversation, Message, ToolCall, parse_record
 from openv4.data.prepare import CONVERSATIONS
 from openv4.data.shards import DataError
 from openv4.data.tokenizer import ASSISTANT, BOS, EOS, THINK, THINK_END, USER, load_tokenizer

@@ -11,7 +11,8 @@ import pytest
 from chat_cases import chat_tokenizer
 from tokenizers import Tokenizer, models
 
-from openv4.data.chat import encode, parse_record
+from openv4.data.chat import encode
+from openv4.data.conversation import parse_record
 from openv4.data.prepare import KING_JAMES, PrepareConfig, ensure_prepared, ensure_prepared_chat, prepare
 from openv4.data.shards import DataError, PreparedData
 from openv4.data.tokenizer import FIM_BEGIN, load_tokenizer, train_tokenizer

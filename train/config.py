@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from ..data.chat import Effort
+from ..data.conversation import Effort
 from ..data.loader import SourceConfig
 from ..model.config import ModelConfig
 from ..model.lora import LoRAConfig
