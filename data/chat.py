@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
+from .config import DataError, Effort
 from .conversation import (
     QUESTIONS,
     TASKS,
     Conversation,
-    Effort,
     Message,
     ToolCall,
     check_order,
@@ -32,7 +32,6 @@ from .conversation import (
     refuse_surrogates,
     to_json,
 )
-from .shards import DataError
 from .tokenizer import ASSISTANT, BOS, EOS, THINK, THINK_END, USER
 
 DSML = "\uff5cDSML\uff5c"

@@ -3,11 +3,9 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
-from .shards import DataError
-
-Effort = Literal["none", "high", "max"]  # no reasoning, reasoning, reasoning after the max-effort prefix
+from .config import DataError, Effort
 
 TASKS = {name: f"<\uff5c{name}\uff5c>" for name in ("action", "query", "authority", "domain", "title", "read_url")}
 

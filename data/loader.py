@@ -20,8 +20,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from .config import DataError
 from .packing import pack
-from .shards import DataError, TokenStore
+from .shards import TokenStore
 
 # A block holds so many documents and rows or more: the fewer, the more of its last row is padding; the more, the longer
 # a restart takes (2 us a document).
@@ -31,18 +32,6 @@ BLOCK_ROWS = 128
 _Ints = npt.NDArray[np.int64]
 Piece = tuple[int, int, int, int, int]  # source, epoch, document, start, length
 Row = tuple[Piece, ...]
-
-
-@dataclass(frozen=True)
-class SourceConfig:
-    """A prepared folder, and its share of the rows relative to the other sources' weights."""
-
-    path: str
-    weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not (self.weight > 0 and math.isfinite(self.weight)):
-            raise DataError(f"weight={self.weight} of {self.path}: must be positive; leave the source out instead")
 
 
 class Batch(NamedTuple):

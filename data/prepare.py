@@ -26,19 +26,10 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from .chat import encode_batch, find_templates, special_token_ids
-from .conversation import Conversation, Effort, parse_record
+from .config import DataError, Effort
+from .conversation import Conversation, parse_record
 from .reading import CHAT_SUFFIXES, input_files, json_object, lines, texts
-from .shards import (
-    FORMAT_VERSION,
-    SPLITS,
-    DataError,
-    Manifest,
-    PreparedData,
-    ShardWriter,
-    sync_folder,
-    write_array,
-    write_file,
-)
+from .shards import FORMAT_VERSION, SPLITS, Manifest, PreparedData, ShardWriter, sync_folder, write_array, write_file
 from .tokenizer import (
     BOS,
     EOS,

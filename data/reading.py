@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .shards import DataError
+from .config import DataError
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 CHAT_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")

@@ -20,14 +20,12 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
+from .config import DataError
+
 FORMAT_VERSION = 1
 SPLITS = ("train", "validation")
 _CHUNK = 1 << 22
 _OPEN_SHARDS = 256  # three file handles each; the usual limit of a process is 1024
-
-
-class DataError(ValueError):
-    """The user's data or a prepared folder is not usable; one line says what, where, and the way out."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from .shards import DataError
+from .config import DataError
 
 # DeepSeek's spellings: fullwidth bars (U+FF5C) and a lower block for the space (U+2581).
 BOS = "<\uff5cbegin\u2581of\u2581sentence\uff5c>"

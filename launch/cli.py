@@ -10,11 +10,9 @@ from typing import Any, NamedTuple, NoReturn
 import hydra
 from omegaconf import DictConfig
 
-from ..data.shards import DataError
-from ..model.config import ModelConfigError
-from ..model.tensor_files import WeightsError
-from ..train.checkpoint import CheckpointError
-from ..train.config import CONF, ConfigError, from_yaml, load, normalize
+from ..data.config import DataError
+from ..model.config import ModelConfigError, WeightsError
+from ..train.config import CONF, CheckpointError, ConfigError, from_yaml, load, normalize
 
 
 class Command(NamedTuple):

@@ -7,8 +7,7 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
-from ..model.config import ModelConfig
-from ..model.lora import LoRAConfig
+from ..model.config import LoRAConfig, ModelConfig
 from ..model.memory import lora_memory
 from ..train.config import ConfigError
 

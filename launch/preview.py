@@ -10,7 +10,8 @@ from rich.text import Text
 from tokenizers import Tokenizer
 
 from ..data.chat import Encoded, chosen_effort, encode, find_templates, special_token_ids
-from ..data.conversation import Effort, parse_record
+from ..data.config import Effort
+from ..data.conversation import parse_record
 from ..data.reading import CHAT_SUFFIXES, input_files, json_object, lines
 from ..data.tokenizer import load_tokenizer
 from ..train.config import ConfigError

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .attention import AttentionMode
-from .config import ModelConfig
+from .config import AttentionMode, ModelConfig
 from .transformer import Transformer
 
 

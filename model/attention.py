@@ -5,7 +5,7 @@ Source: recipe 2; paper 2.3; the official inference code where the two disagree.
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,11 @@ from ..kernels.indexer import Attended, IndexerLoss, indexer_loss, select_entrie
 from ..kernels.norm import at_least_fp32, rms_norm
 from ..kernels.rope import apply_rope, rope_frequencies, rope_table
 from .cache import CompressorCache, LayerCache, pending
-from .config import ModelConfig
+from .config import AttentionMode, ModelConfig
 from .layers import GroupedLinear, Linear, RMSNorm
 from .recompute import Route
 
 RopeTable = tuple[Tensor, Tensor]
-AttentionMode = Literal["dense", "indexer_warmup", "sparse"]
 
 
 @dataclass(frozen=True)

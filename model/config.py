@@ -3,11 +3,15 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 AttentionKind = Literal["swa", "csa", "hca"]
+# What CSA layers attend to: every visible entry; the same, while the indexer alone learns; the indexer's choice.
+AttentionMode = Literal["dense", "indexer_warmup", "sparse"]
+# What a block computes again in its backward pass instead of keeping it.
+Recompute = Literal["none", "selective", "full"]
 
 # transformers' names of the three attention kinds
 LAYER_TYPES: dict[str, AttentionKind] = {
@@ -17,8 +21,19 @@ LAYER_TYPES: dict[str, AttentionKind] = {
 }
 
 
+# What LoRA may adapt: parts of a layer, and a name for several of them. `model.lora` knows their matrices.
+_LORA_GROUPS = {"attention": ("wq_a", "wq_b", "wkv", "wo_a", "wo_b")}
+LORA_TARGETS = (*_LORA_GROUPS, *_LORA_GROUPS["attention"], "shared_experts", "experts", "compressor", "indexer")
+# What PEFT adapts as a parameter; it refuses dropout there.
+PEFT_PARAMETERS = ("wo_a", "experts")
+
+
 class ModelConfigError(ValueError):
     """A model configuration that cannot be built; the message names the key, the value and the way out."""
+
+
+class WeightsError(ValueError):
+    """Weights that cannot be read or written; the message names the file or tensors and the way out."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +95,8 @@ class ModelConfig:
     # Static mHC biases are not published (recipe 4). "zero" starts with streams averaged at every site, "identity"
     # with each stream kept to itself.
     hc_init: Literal["zero", "identity"] = "zero"
+    # "none" is what mHC constrains, plain hyper-connections: for comparison, and no DeepSeek-V4 (it cannot be exported).
+    hc_constraint: Literal["sinkhorn", "none"] = "sinkhorn"
 
     def __post_init__(self) -> None:
         _check_numbers(self, "model.")
@@ -115,6 +132,9 @@ class ModelConfig:
         self._require(self.n_shared_experts == 1, "n_shared_experts", "must be 1, as in every V4")
         self._require(self.num_nextn_predict_layers <= 1, "num_nextn_predict_layers", "must be 0 or 1")
         self._require(self.hc_init in ("zero", "identity"), "hc_init", "must be zero or identity")
+        self._require(self.hc_constraint in ("sinkhorn", "none"), "hc_constraint", "must be sinkhorn or none")
+        free = self.hc_constraint == "none" and self.hc_init != "zero"
+        self._require(not free, "hc_init", "is for hc_constraint=sinkhorn; leave one of the two out")
 
     def _require(self, holds: bool, key: str, why: str) -> None:
         if not holds:
@@ -199,9 +219,63 @@ class ModelConfig:
             "layer_types": [names[kind] for kind in kinds[: self.num_hidden_layers]],
             "compress_rates": rates,
         }
+        if self.hc_constraint == "sinkhorn":
+            del values["hc_constraint"]  # what every reader does
+        else:
+            values |= {"architectures": [], "model_type": UNCONSTRAINED}
         if self.rope_scaling:
             values["rope_scaling"] = {"type": "yarn", "rope_type": "yarn", **asdict(self.rope_scaling)}
         return values
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Which matrices get adapters, and how large.
+
+    Attributes:
+        rank: rows of A and columns of B.
+        alpha: an adapter's product is multiplied by alpha / rank.
+        dropout: of an adapter's input, in training; PEFT has none for wo_a and experts.
+        targets: names of ``LORA_TARGETS``.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("attention", "shared_experts")
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.rank, int) and self.rank >= 1):
+            raise ValueError(f"lora.rank = {self.rank!r}: choose a whole number from 1 on, such as 16")
+        if not (isinstance(self.alpha, int | float) and math.isfinite(self.alpha) and self.alpha > 0):
+            raise ValueError(f"lora.alpha = {self.alpha!r}: choose a positive number, such as twice the rank")
+        if not (isinstance(self.dropout, int | float) and 0 <= self.dropout < 1):
+            raise ValueError(f"lora.dropout = {self.dropout!r}: choose a number in [0, 1)")
+        unknown = [target for target in self.targets if target not in LORA_TARGETS]
+        if unknown or not self.targets:
+            raise ValueError(f"lora.targets = {list(self.targets)}: choose from {', '.join(LORA_TARGETS)}")
+        if self.dropout > 0 and (deaf := [target for target in PEFT_PARAMETERS if target in self.parts]):
+            raise ValueError(
+                f"lora.dropout = {self.dropout}: PEFT has no dropout for {' and '.join(deaf)}, which lora.targets = "
+                f"{list(self.targets)} include; set lora.dropout=0.0 or name targets without"
+            )
+
+    @property
+    def parts(self) -> frozenset[str]:
+        """The targets, groups taken apart."""
+        return frozenset(part for target in self.targets for part in _LORA_GROUPS.get(target, (target,)))
+
+    @property
+    def scale(self) -> float:
+        """What an adapter's product is multiplied by."""
+        return self.alpha / self.rank
+
+
+def without_mtp(config: ModelConfig) -> ModelConfig:
+    """The same model without its MTP block."""
+    main = config.num_hidden_layers
+    ratios, types = config.compress_ratios[:main], config.layer_types[:main]
+    return replace(config, num_nextn_predict_layers=0, compress_ratios=ratios, layer_types=types)
 
 
 def _check_numbers(config: Any, prefix: str) -> None:
@@ -228,6 +302,9 @@ _CONTAINERS: dict[str, type] = {
     "rope_scaling": dict,
 }
 
+# model_type of checkpoints with hc_constraint=none, so that nothing else takes them for DeepSeek-V4.
+UNCONSTRAINED = "openv4_unconstrained"
+
 # What other models under a similar config would ask for, and this code does not do.
 _FIXED = {
     "model_type": "deepseek_v4",
@@ -249,7 +326,8 @@ def _refuse_other_architectures(values: Mapping[str, Any]) -> None:
             f"{drafter[0]} tells of DeepSeek-V4-Flash-0731 or another DSpark model, whose mtp.* tensors are a drafter "
             "and no MTP block; use DeepSeek-V4-Flash, -Pro or their -Base"
         )
-    for key, wanted in _FIXED.items():
+    fixed = _FIXED | ({"model_type": UNCONSTRAINED} if values.get("hc_constraint") == "none" else {})
+    for key, wanted in fixed.items():
         if values.get(key, wanted) != wanted:
             raise ModelConfigError(f"{key}={values[key]!r} is not DeepSeek-V4, which has {key}={wanted!r}")
 

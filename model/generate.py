@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .attention import AttentionMode
 from .cache import Cache
+from .config import AttentionMode
 from .transformer import Transformer
 
 

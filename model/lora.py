@@ -18,7 +18,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Set
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,11 +28,11 @@ from torch import Tensor, nn
 
 from ..kernels.moe import ExpertAdapters, LowRank
 from ..kernels.norm import at_least_fp32
-from .config import ModelConfig
+from .config import PEFT_PARAMETERS, LoRAConfig, ModelConfig, WeightsError
 from .init import generator_of
 from .layers import GroupedLinear, Linear
 from .moe import Experts
-from .tensor_files import WeightsError, listed, new_folder, open_tensors, write_json, write_tensors
+from .tensor_files import listed, new_folder, open_tensors, write_json, write_tensors
 from .transformer import Transformer
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -65,10 +65,6 @@ _MATRICES: dict[str, dict[str, str]] = {
         "attn.indexer.compressor.wgate": "self_attn.compressor.indexer.gate_proj",
     },
 }
-_GROUPS = {"attention": ("wq_a", "wq_b", "wkv", "wo_a", "wo_b")}
-# What PEFT adapts as a parameter; it refuses dropout there.
-_PARAMETERS = ("wo_a", "experts")
-TARGETS = (*_GROUPS, *_MATRICES)
 
 # Keys of PEFT's config that say nothing about the adapter's arithmetic. Every key beside these and those that are read
 # is a variant of LoRA: refused if it is set.
@@ -84,49 +80,6 @@ _READ = {
 _NUMBERS = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
 # Those that leave the base weights alone; the others (pissa, olora, ...) subtract something from them.
 _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
-
-
-@dataclass(frozen=True)
-class LoRAConfig:
-    """Which matrices get adapters, and how large.
-
-    Attributes:
-        rank: rows of A and columns of B.
-        alpha: an adapter's product is multiplied by alpha / rank.
-        dropout: of an adapter's input, in training; PEFT has none for wo_a and experts.
-        targets: names of ``TARGETS``, see the top of this file.
-    """
-
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
-    targets: tuple[str, ...] = ("attention", "shared_experts")
-
-    def __post_init__(self) -> None:
-        if not (isinstance(self.rank, int) and self.rank >= 1):
-            raise ValueError(f"lora.rank = {self.rank!r}: choose a whole number from 1 on, such as 16")
-        if not (isinstance(self.alpha, int | float) and math.isfinite(self.alpha) and self.alpha > 0):
-            raise ValueError(f"lora.alpha = {self.alpha!r}: choose a positive number, such as twice the rank")
-        if not (isinstance(self.dropout, int | float) and 0 <= self.dropout < 1):
-            raise ValueError(f"lora.dropout = {self.dropout!r}: choose a number in [0, 1)")
-        unknown = [target for target in self.targets if target not in TARGETS]
-        if unknown or not self.targets:
-            raise ValueError(f"lora.targets = {list(self.targets)}: choose from {', '.join(TARGETS)}")
-        if self.dropout > 0 and (deaf := [target for target in _PARAMETERS if target in self.parts]):
-            raise ValueError(
-                f"lora.dropout = {self.dropout}: PEFT has no dropout for {' and '.join(deaf)}, which lora.targets = "
-                f"{list(self.targets)} include; set lora.dropout=0.0 or name targets without"
-            )
-
-    @property
-    def parts(self) -> frozenset[str]:
-        """The targets, groups taken apart."""
-        return frozenset(part for target in self.targets for part in _GROUPS.get(target, (target,)))
-
-    @property
-    def scale(self) -> float:
-        """What an adapter's product is multiplied by."""
-        return self.alpha / self.rank
 
 
 class Adapter(nn.Module):
@@ -201,7 +154,7 @@ class _Site(NamedTuple):
     @property
     def target(self) -> str:
         """The name by which PEFT is to target it."""
-        return self.parameter if self.part in _PARAMETERS else self.theirs
+        return self.parameter if self.part in PEFT_PARAMETERS else self.theirs
 
     @property
     def key(self) -> str:
@@ -347,7 +300,7 @@ def write_adapter(model: Transformer, config: LoRAConfig, folder: Path, base: st
     ranks = {site.target: (adapter.A.shape[-2], adapter.scale) for site, adapter in adapters.items()}
     # None differs, unless an adapter of PEFT's that was loaded brought other ranks.
     other = {re.escape(name): pair for name, pair in ranks.items() if pair != (config.rank, config.scale)}
-    adapted, parameters = set(ranks), {site.target for site in adapters if site.part in _PARAMETERS}
+    adapted, parameters = set(ranks), {site.target for site in adapters if site.part in PEFT_PARAMETERS}
     every = {site.target for site in _sites(model)}
     settings = {
         "peft_type": "LORA",

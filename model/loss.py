@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from ..kernels.cross_entropy import IGNORED, linear_cross_entropy, token_cross_entropy
+from ..kernels.hyper_connection import composite_gains
 from ..kernels.indexer import IndexerLoss
-from .attention import AttentionMode, AttentionTask, IndexerReport
+from .attention import AttentionTask, IndexerReport
+from .config import AttentionMode
 from .transformer import BlockReport, Transformer
 
 
@@ -135,21 +137,16 @@ def recall_statistics(indexers: Iterable[IndexerReport]) -> dict[str, Tensor]:
 def summarize(reports: dict[str, BlockReport], valid: Tensor) -> dict[str, Tensor]:
     """Health of the architecture's parts, 0-dim float32 tensors, means over valid tokens.
 
-    mhc/forward_gain and mhc/backward_gain are the largest row and column sum of the product of all stream mixings of a
-    token, from first site to last: how much a signal or gradient can grow on its way through the depth (recipe 13).
+    mhc/forward_gain and mhc/backward_gain are ``composite_gains`` of all stream mixings of a token, from first site to
+    last: how much a signal or gradient can grow on its way through the depth (recipe 13).
     """
     main = {name: report for name, report in reports.items() if name.startswith("layers")}
-    sites = [matrix for report in main.values() for matrix in report.residuals]
-    # residual[j, k] leads from stream j to stream k, so the product in order of depth maps input j to output k.
-    path = sites[0]
-    for matrix in sites[1:]:
-        path = path @ matrix
-    path = path[valid]
+    gains = composite_gains([matrix for report in main.values() for matrix in report.residuals])
     sink = torch.stack([report.sink[valid].mean() for report in main.values()])
     clamped = torch.stack([report.routing.clamped for report in reports.values()])
     return {
-        "mhc/forward_gain": path.sum(1).amax(-1).mean(),  # into one output stream
-        "mhc/backward_gain": path.sum(2).amax(-1).mean(),  # into one input stream
+        "mhc/forward_gain": gains.forward[-1][valid].mean(),
+        "mhc/backward_gain": gains.backward[0][valid].mean(),
         "attn/sink_mass": sink.mean(),
         "attn/sink_mass_max": sink.max(),
         "stability/clamp_rate": clamped.mean(),

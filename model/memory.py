@@ -11,8 +11,8 @@ from typing import Literal
 import torch
 
 from ..kernels import cross_entropy, moe
-from .config import ModelConfig
-from .lora import LoRAConfig, adapter_shapes
+from .config import LoRAConfig, ModelConfig
+from .lora import adapter_shapes
 from .released import Format, stored_bytes
 from .released import released_tensors as named_tensors
 from .transformer import Transformer

@@ -10,13 +10,13 @@ even where its arithmetic is not bit for bit that of the first pass.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
-Recompute = Literal["none", "selective", "full"]
+from .config import Recompute
 
 T = TypeVar("T")
 

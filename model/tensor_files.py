@@ -18,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .config import WeightsError
+
 INDEX = "model.safetensors.index.json"
 
 # Safetensors' names of what can be read.
@@ -31,10 +33,6 @@ DTYPES = {
     "I32": torch.int32,
     "I64": torch.int64,
 }
-
-
-class WeightsError(ValueError):
-    """Weights that cannot be read or written; the message names the file or tensors and the way out."""
 
 
 class Entry(NamedTuple):

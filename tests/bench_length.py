@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from openv4.kernels.rope import rope_frequencies, rope_table
 from openv4.model import ModelConfig, Transformer, save_pretrained
+from openv4.model.config import Recompute
 from openv4.model.init import init_weights
 from openv4.model.loss import training_losses
-from openv4.model.recompute import Recompute, Route
+from openv4.model.recompute import Route
 
 CONFIG = ModelConfig(
     vocab_size=4096,

@@ -11,7 +11,8 @@ from model_cases import random_config, random_model
 from openv4.data.loader import Batch
 from openv4.model import Transformer
 from openv4.model.loss import Counts, training_losses
-from openv4.optim.groups import OptimConfig, Optimizers, build_optimizers
+from openv4.optim.config import OptimConfig
+from openv4.optim.groups import Optimizers, build_optimizers
 from openv4.optim.schedule import Plan
 from openv4.train.checkpoint import TrainState
 from openv4.train.config import TrainConfig, load_config

@@ -17,7 +17,7 @@ from openv4.model.accounting import (
     v4_key_bytes,
 )
 from openv4.model.cache import Cache
-from openv4.model.transformer import AttentionMode
+from openv4.model.config import AttentionMode
 from openv4.train.config import load_config
 
 

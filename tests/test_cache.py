@@ -16,8 +16,8 @@ from openv4.kernels.decode import continue_blocks, continue_documents
 from openv4.kernels.documents import find_blocks, find_documents
 from openv4.kernels.indexer import select_entries
 from openv4.model import ModelConfig, Transformer
-from openv4.model.attention import AttentionMode
 from openv4.model.cache import Cache, Growing
+from openv4.model.config import AttentionMode
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

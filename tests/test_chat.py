@@ -29,9 +29,9 @@ from openv4.data.chat import (
     parse_reply,
     render,
 )
+from openv4.data.config import DataError
 from openv4.data.conversation import TASKS, Conversation, Message, ToolCall, parse_record
 from openv4.data.prepare import CONVERSATIONS
-from openv4.data.shards import DataError
 from openv4.data.tokenizer import ASSISTANT, BOS, EOS, THINK, THINK_END, USER, load_tokenizer
 
 FUNCTION = {"name": "f", "description": "caf\u00e9 {x}"}

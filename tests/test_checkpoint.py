@@ -27,7 +27,6 @@ import openv4.train.checkpoint as checkpoint
 import openv4.train.loop as loop
 from openv4.model import load_pretrained
 from openv4.train.checkpoint import (
-    CheckpointError,
     TrainState,
     complete_checkpoints,
     find_weights,
@@ -39,7 +38,7 @@ from openv4.train.checkpoint import (
     save_checkpoint,
     verify,
 )
-from openv4.train.config import TrainConfig
+from openv4.train.config import CheckpointError, TrainConfig
 from openv4.train.loop import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")

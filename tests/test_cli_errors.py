@@ -12,7 +12,7 @@ import torch
 from cli_cases import SMALL_RUN, TEXTS, Run, documents, prepared, spoil, untouched, write_texts
 from safetensors.torch import load_file, save_file
 
-from openv4.data.shards import DataError
+from openv4.data.config import DataError
 from openv4.train.config import ConfigError
 
 pytestmark = pytest.mark.usefixtures("one_thread", "elsewhere")
@@ -283,7 +283,9 @@ def test_output_folder_trained_on_other_data(
     assert f"was trained on other data than {other}" in message
 
 
-def test_output_that_exists(openv4: Run, refused: Callable[..., str], workshop: Path, tmp_path: Path) -> None:
+def test_output_that_exists(
+    openv4: Run, refused: Callable[..., str], workshop: Path, fp32: Path, tmp_path: Path
+) -> None:
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("years of work")

@@ -12,7 +12,8 @@ from model_cases import random_config, random_model
 from torch import Tensor
 
 from openv4.model import Transformer
-from openv4.model.lora import LoRAConfig, add_lora, lora_parameters
+from openv4.model.config import LoRAConfig
+from openv4.model.lora import add_lora, lora_parameters
 from openv4.train.evaluation import evaluate
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -24,13 +24,13 @@ import openv4.train.loop as loop
 from openv4.data.packing import pack
 from openv4.data.shards import PreparedData
 from openv4.model import ModelConfig, Transformer, load_pretrained
+from openv4.model.config import WeightsError
 from openv4.model.lora import lora_parameters
 from openv4.model.loss import Counts, training_losses
 from openv4.model.released import released_tensors
-from openv4.model.tensor_files import WeightsError
 from openv4.optim.groups import build_optimizers
-from openv4.train.checkpoint import CheckpointError, base_of, find_tokenizer, load_model
-from openv4.train.config import ConfigError, TrainConfig, load_config
+from openv4.train.checkpoint import base_of, find_tokenizer, load_model
+from openv4.train.config import CheckpointError, ConfigError, TrainConfig, load_config
 from openv4.train.loop import build_model, train, training_step
 
 pytestmark = pytest.mark.usefixtures("one_thread", "elsewhere")

@@ -13,12 +13,12 @@ from model_cases import random_config, random_model
 from tokenizers import Tokenizer
 
 from openv4.data.chat import encode_prompt
-from openv4.data.shards import DataError
+from openv4.data.config import DataError
 from openv4.data.tokenizer import load_tokenizer, train_tokenizer
 from openv4.launch.generate import GenerateConfig, run
 from openv4.model import Transformer, load_pretrained, save_pretrained
-from openv4.model.attention import AttentionMode
 from openv4.model.cache import Cache
+from openv4.model.config import AttentionMode
 from openv4.model.generate import generate, sample, stream
 from openv4.train.config import ConfigError
 

@@ -8,16 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from openv4.optim.groups import (
-    ADAMW_GROUPS,
-    MUON_GROUPS,
-    AdamWConfig,
-    MuonConfig,
-    OptimConfig,
-    Optimizers,
-    build_optimizers,
-    clip_by_global_norm,
-)
+from openv4.optim.config import AdamWConfig, MuonConfig, OptimConfig
+from openv4.optim.groups import ADAMW_GROUPS, MUON_GROUPS, Optimizers, build_optimizers, clip_by_global_norm
 from openv4.optim.muon import Muon
 
 D, F, E, C, V = 16, 8, 3, 4, 20  # hidden, expert width, experts, head dim, vocabulary

@@ -18,11 +18,13 @@ from openv4.data.loader import Batch
 from openv4.kernels.attention import hybrid_attention
 from openv4.kernels.indexer import Attended, indexer_loss, select_entries, selection_recall
 from openv4.model import Transformer
-from openv4.model.attention import AttentionMode, Geometry, Indexer
+from openv4.model.attention import Geometry, Indexer
+from openv4.model.config import AttentionMode
 from openv4.model.init import init_weights
 from openv4.model.loss import Counts, Losses, training_losses
 from openv4.model.released import released_tensors
-from openv4.optim.groups import OptimConfig, build_optimizers
+from openv4.optim.config import OptimConfig
+from openv4.optim.groups import build_optimizers
 from openv4.optim.schedule import Stage
 from openv4.train.config import TrainConfig
 from openv4.train.loop import train, training_step

@@ -17,8 +17,7 @@ from cli_cases import Run, spoil
 from finetune_cases import write_base
 
 from openv4.launch.plan import PlanConfig
-from openv4.model.config import ModelConfig
-from openv4.model.lora import LoRAConfig
+from openv4.model.config import LoRAConfig, ModelConfig
 from openv4.model.memory import lora_memory
 from openv4.train.config import load, load_config
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openv4.data import loader as loader_module
-from openv4.data.loader import Loader, SourceConfig, permute, validation_batches
-from openv4.data.shards import DataError
+from openv4.data.config import DataError, SourceConfig
+from openv4.data.loader import Loader, permute, validation_batches
 
 
 class ListStore:

@@ -35,8 +35,7 @@ from openv4.model import Transformer
 from openv4.model.init import init_weights
 from openv4.model.loss import training_losses
 from openv4.optim.schedule import Schedule
-from openv4.train.checkpoint import CheckpointError
-from openv4.train.config import ConfigError, TrainConfig, from_yaml, load_config, to_yaml
+from openv4.train.config import CheckpointError, ConfigError, TrainConfig, from_yaml, load_config, to_yaml
 from openv4.train.loop import claim_folder, split_batch, train, training_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")

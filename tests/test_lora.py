@@ -15,9 +15,9 @@ from torch.func import functional_call
 
 from openv4.kernels.quantize import dequantize, quantize_fp8
 from openv4.model import ModelConfig, Transformer
+from openv4.model.config import LoRAConfig, Recompute, WeightsError
 from openv4.model.layers import Linear
 from openv4.model.lora import (
-    LoRAConfig,
     add_lora,
     fill_adapter,
     load_adapter,
@@ -27,8 +27,6 @@ from openv4.model.lora import (
     save_adapter,
 )
 from openv4.model.loss import Counts, training_losses
-from openv4.model.recompute import Recompute
-from openv4.model.tensor_files import WeightsError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

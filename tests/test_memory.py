@@ -25,8 +25,8 @@ from openv4.kernels.indexer import (
     selection_recall,
 )
 from openv4.model import Transformer
+from openv4.model.config import Recompute
 from openv4.model.loss import Counts, training_losses
-from openv4.model.recompute import Recompute
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

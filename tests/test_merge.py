@@ -17,7 +17,8 @@ from run_cases import contents
 from torch import Tensor
 
 from openv4.model import Transformer, load_pretrained
-from openv4.model.lora import LoRAConfig, add_lora, lora_parameters, save_adapter
+from openv4.model.config import LoRAConfig
+from openv4.model.lora import add_lora, lora_parameters, save_adapter
 from openv4.model.released import released_tensors
 from openv4.train.checkpoint import load_model
 

@@ -12,8 +12,8 @@ from model_cases import random_config, random_model, relative_rms
 from safetensors.torch import load_file
 
 from openv4.model import Transformer, load_pretrained, save_pretrained
-from openv4.model.lora import LoRAConfig, add_lora, load_adapter, lora_parameters, merge_lora, save_adapter
-from openv4.model.tensor_files import WeightsError
+from openv4.model.config import LoRAConfig, WeightsError
+from openv4.model.lora import add_lora, load_adapter, lora_parameters, merge_lora, save_adapter
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 transformers = pytest.importorskip("transformers", reason="the independent implementation; installed by `make test`")

@@ -12,9 +12,10 @@ from chat_cases import chat_tokenizer
 from tokenizers import Tokenizer, models
 
 from openv4.data.chat import encode
+from openv4.data.config import DataError
 from openv4.data.conversation import parse_record
 from openv4.data.prepare import KING_JAMES, PrepareConfig, ensure_prepared, ensure_prepared_chat, prepare
-from openv4.data.shards import DataError, PreparedData
+from openv4.data.shards import PreparedData
 from openv4.data.tokenizer import FIM_BEGIN, load_tokenizer, train_tokenizer
 
 DOCUMENTS = [f"Document {index}: " + "the word \u4f60\u597d was with God\r\n" * (index % 5 + 1) for index in range(40)]

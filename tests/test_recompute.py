@@ -22,9 +22,9 @@ from openv4.data.loader import Batch
 from openv4.kernels.indexer import select_entries
 from openv4.kernels.moe import top_experts
 from openv4.model import Transformer
-from openv4.model.attention import AttentionMode
+from openv4.model.config import AttentionMode, Recompute
 from openv4.model.loss import Counts, Losses, token_losses, training_losses
-from openv4.model.recompute import Recompute, Route, recomputed
+from openv4.model.recompute import Route, recomputed
 from openv4.train.config import ConfigError, TrainConfig, from_yaml, load_config
 from openv4.train.loop import train
 

@@ -21,8 +21,8 @@ from model_cases import random_model, relative_rms
 from release_fixture import COPIES, EVEN, INDEX, RAGGED, Stored, Values
 
 from openv4.model import ModelConfig, Transformer, load_pretrained, save_pretrained
-from openv4.model.config import ModelConfigError
-from openv4.model.released import WeightsError, released_tensors
+from openv4.model.config import ModelConfigError, WeightsError
+from openv4.model.released import released_tensors
 from openv4.model.tensor_files import TensorFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread")

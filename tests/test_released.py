@@ -20,9 +20,9 @@ from torch import Tensor
 
 from openv4.model import ModelConfig, Transformer, load_pretrained, save_pretrained
 from openv4.model import tensor_files as released_module
-from openv4.model.config import ModelConfigError, YarnConfig
+from openv4.model.config import ModelConfigError, WeightsError, YarnConfig
 from openv4.model.released import check_weights, released_tensors
-from openv4.model.tensor_files import INDEX, WeightsError, new_folder, weight_files
+from openv4.model.tensor_files import INDEX, new_folder, weight_files
 from openv4.train.config import load_config
 
 # Every kind of layer: window, CSA, HCA, hash-routed and learned, and the MTP block. No two sizes are equal.

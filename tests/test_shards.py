@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from openv4.data.config import DataError
 from openv4.data.prepare import PrepareConfig, prepare
-from openv4.data.shards import DataError, Manifest, PreparedData, ShardStore, ShardWriter, write_array
+from openv4.data.shards import Manifest, PreparedData, ShardStore, ShardWriter, write_array
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from openv4.data.shards import DataError
+from openv4.data.config import DataError
 from openv4.data.tokenizer import (
     BOS,
     EOS,

@@ -21,21 +21,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..model.config import LoRAConfig, WeightsError
 from ..model.lora import CONFIG_FILE as ADAPTER_CONFIG
-from ..model.lora import LoRAConfig, fill_adapter, load_adapter, write_adapter
+from ..model.lora import fill_adapter, load_adapter, write_adapter
 from ..model.released import fill_weights, load_pretrained, write_weights
-from ..model.tensor_files import WeightsError, new_folder, open_tensors, sync, write_json, write_tensors
+from ..model.tensor_files import new_folder, open_tensors, sync, write_json, write_tensors
 from ..model.transformer import Transformer
 from ..optim.groups import Optimizers
+from .config import CheckpointError
 from .progress import progress_bar
 
 FORMAT = 1
 _MAX_SHARD_BYTES = 5_000_000_000
 _NAME = re.compile("step_[0-9]+")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be written or read; the message names the file and the way out."""
 
 
 @dataclass

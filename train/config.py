@@ -20,13 +20,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from ..data.conversation import Effort
-from ..data.loader import SourceConfig
-from ..model.config import ModelConfig
-from ..model.lora import LoRAConfig
-from ..model.recompute import Recompute
-from ..model.released import pretrained_config, without_mtp
-from ..optim.groups import OptimConfig
+from ..data.config import Effort, SourceConfig
+from ..model.config import LoRAConfig, ModelConfig, Recompute, without_mtp
+from ..optim.config import OptimConfig
 from ..optim.schedule import Schedule, Stage
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -36,6 +32,10 @@ T = TypeVar("T")
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the key, the value and the way out."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written or read; the message names the file and the way out."""
 
 
 @dataclass(frozen=True)
@@ -303,6 +303,8 @@ def _with_pretrained(values: dict[Any, Any]) -> dict[Any, Any]:
         raise ConfigError("model.pretrained is not set; give model.pretrained=<folder of released weights>")
     if folder is None or not isinstance(model, dict) or "vocab_size" in model:
         return values
+    from ..model.released import pretrained_config  # torch takes two seconds, which other configs need not wait for
+
     config = pretrained_config(Path(str(folder)))
     if model.get("num_nextn_predict_layers") == 0:
         config = without_mtp(config)

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data.config import DataError
 from ..data.loader import Loader
 from ..data.packing import pack
 from ..data.prepare import KING_JAMES, ensure_prepared, ensure_prepared_chat
-from ..data.shards import DataError, PreparedData, ShardStore
+from ..data.shards import PreparedData, ShardStore
 from ..model.config import ModelConfig
 from .checkpoint import find_tokenizer, latest_checkpoint
 from .config import DataConfig

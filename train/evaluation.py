@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..data.loader import validation_batches
 from ..data.shards import TokenStore
-from ..model.attention import AttentionMode
+from ..model.config import AttentionMode
 from ..model.loss import token_losses
 from ..model.transformer import Transformer
 

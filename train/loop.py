@@ -27,16 +27,8 @@ from ..model.tensor_files import write_json
 from ..model.transformer import Transformer
 from ..optim.groups import Optimizers, build_optimizers, clip_by_global_norm
 from ..optim.schedule import Plan, Schedule
-from .checkpoint import (
-    CheckpointError,
-    TrainState,
-    latest_checkpoint,
-    load_checkpoint,
-    make_latest,
-    remove_leftovers,
-    save_checkpoint,
-)
-from .config import ConfigError, TrainConfig, from_yaml, to_yaml
+from .checkpoint import TrainState, latest_checkpoint, load_checkpoint, make_latest, remove_leftovers, save_checkpoint
+from .config import CheckpointError, ConfigError, TrainConfig, from_yaml, to_yaml
 from .dataset import Dataset, open_dataset
 from .evaluation import Evaluation, evaluate, without_dropout
 from .metrics import (
