@@ -10,8 +10,9 @@ def compress(kv: Tensor, gate: Tensor, position_bias: Tensor, blocks: Blocks, ov
     """Pools every complete block of tokens into one entry, ``[B, N, C]`` (recipe 2.2; paper eq. 9-12 and 20-23).
 
     Args:
-        kv, gate: ``[B, T, C]``, or ``[B, T, 2C]`` with ``overlap``: the first half is what a token gives to the *next*
-            block, the second half what it gives to its own.
+        kv: ``[B, T, C]``, or ``[B, T, 2C]`` with ``overlap``: the first half is what a token gives to the *next* block,
+            the second half what it gives to its own.
+        gate: of the same shape.
         position_bias: ``[ratio, C or 2C]``, added to the gate by place within the block.
         overlap: CSA pools 2 * ratio slots (previous block and own), HCA only its own.
 

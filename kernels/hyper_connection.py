@@ -3,13 +3,18 @@
 A site is ``mhc_pre`` (coefficients and the layer's input), the layer, ``mhc_post`` (the new streams). What is saved for
 the backward pass is the streams and the layer's output; everything of the size of the coefficients is computed again.
 
+``constraint="none"`` gives what mHC constrains, plain hyper-connections (HC), for comparison: every coefficient is
+``scale * tanh(projection) + base``, free to grow and to change its sign.
+
 Shapes: B batch, T tokens, M = B T, S streams, D hidden, R rows of the projection: S (S + 2) at a site, S at the head.
-Source: recipe 4; arXiv 2512.24880; official inference code.
+Source: recipe 4 and 13; mHC: arXiv 2512.24880, HC is its equation 5, of arXiv 2409.19606; official inference code.
 """
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from itertools import accumulate
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,25 +22,43 @@ from torch import Tensor
 
 from .norm import at_least_fp32, rms_norm
 
+Constraint = Literal["sinkhorn", "none"]
+Coefficients = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]  # of (projection, base, scale)
+
 
 class Mixing(NamedTuple):
     """What a site does with its layer's output and with the streams, at least float32."""
 
     post: Tensor  # [B, T, S] weight of the layer's output in each stream
-    residual: Tensor  # [B, T, S, S] from stream (first) to stream (second), doubly stochastic
+    residual: Tensor  # [B, T, S, S] from stream (first) to stream (second), doubly stochastic unless unconstrained
 
 
 def mixing_coefficients(
-    streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, iterations: int, eps: float, norm_eps: float
+    streams: Tensor,
+    fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    iterations: int,
+    eps: float,
+    norm_eps: float,
+    constraint: Constraint = "sinkhorn",
 ) -> tuple[Tensor, Mixing]:
     """The weight of each stream in the layer's input, ``[B, T, S]``, and the mixing; arguments as for ``mhc_pre``."""
     flat = rms_norm(at_least_fp32(streams).flatten(2), eps=norm_eps)
-    pre, post, residual = _site(F.linear(flat, fn.to(flat.dtype)), base, scale, iterations, eps)
+    coefficients = _site(iterations, eps, constraint)
+    pre, post, residual = coefficients(F.linear(flat, fn.to(flat.dtype)), base, scale)
     return pre, Mixing(post, residual)
 
 
 def mhc_pre(
-    streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, iterations: int, eps: float, norm_eps: float
+    streams: Tensor,
+    fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    iterations: int,
+    eps: float,
+    norm_eps: float,
+    constraint: Constraint = "sinkhorn",
 ) -> tuple[Tensor, Mixing]:
     """The layer's input ``[B, T, D]``, a weighted sum of the streams, and how its output will be mixed in.
 
@@ -44,9 +67,9 @@ def mhc_pre(
     Args:
         streams: ``[B, T, S, D]``; fn: ``[S (S + 2), S D]`` with rows (pre | post | residual, row-major), applied to the
             RMS-normalised streams; base: ``[S (S + 2)]`` static part; scale: ``[3]`` gates of pre, post and residual.
-        iterations: of Sinkhorn's normalisation.
+        iterations: of Sinkhorn's normalisation; constraint: "none" leaves it and the sigmoids out.
     """
-    x, post, residual = _Read.apply(streams, fn, base, scale, partial(_site, iterations=iterations, eps=eps), norm_eps)
+    x, post, residual = _Read.apply(streams, fn, base, scale, _site(iterations, eps, constraint), norm_eps)
     return x, Mixing(post, residual)
 
 
@@ -61,6 +84,30 @@ def mhc_post(streams: Tensor, output: Tensor, mixing: Mixing) -> Tensor:
     """The streams after a layer: mixed among themselves, plus the layer's ``output [B, T, D]`` in each."""
     new: Tensor = _Write.apply(streams, output, *mixing)
     return new
+
+
+class Gains(NamedTuple):
+    """What composite mixings do to a signal on its way up and to a gradient on its way down, for each of L sites."""
+
+    forward: Tensor  # [L, ...] from the first site's input to this site's output
+    backward: Tensor  # [L, ...] from the last site's output to this site's input
+
+
+def composite_gains(residuals: Sequence[Tensor]) -> Gains:
+    """Composite gain over depth (recipe 13; arXiv 2512.24880, section 3.1).
+
+    With the papers' H_l (from column to row, the transpose of ``Mixing.residual``) the forward gain at site l is the
+    largest magnitude of a row sum of H_l ... H_1, the backward gain that of a column sum of H_L ... H_l. Row sums of a
+    product are the product applied to ones, so no matrices are multiplied.
+
+    Args:
+        residuals: L matrices ``[..., S, S]``, at least one, in order of depth.
+    """
+    ones = torch.ones_like(residuals[0][..., 0])
+    up = accumulate(residuals, lambda signal, matrix: (signal.unsqueeze(-1) * matrix).sum(-2), initial=ones)
+    down = accumulate(reversed(residuals), lambda slope, matrix: (matrix * slope.unsqueeze(-2)).sum(-1), initial=ones)
+    forward, backward = ([sums.abs().amax(-1) for sums in way][1:] for way in (up, down))
+    return Gains(torch.stack(forward), torch.stack(backward[::-1]))
 
 
 def sinkhorn(logits: Tensor, iterations: int, eps: float) -> Tensor:
@@ -108,16 +155,32 @@ def _sinkhorn_steps(logits: Tensor, iterations: int, eps: float) -> Iterator[tup
         yield matrix, total, dim
 
 
-def _site(logits: Tensor, base: Tensor, scale: Tensor, iterations: int, eps: float) -> tuple[Tensor, ...]:
+def _site(iterations: int, eps: float, constraint: Constraint) -> Coefficients:
     """pre, post ``[..., S]`` and residual ``[..., S, S]`` from the projection ``[..., S (S + 2)]``."""
-    count = int((logits.shape[-1] + 1) ** 0.5) - 1
-    sizes = [count, count, count * count]
-    pre, post, residual = logits.split(sizes, -1)
-    pre_base, post_base, residual_base = base.split(sizes)
-    pre = torch.sigmoid(pre * scale[0] + pre_base) + eps
-    post = 2 * torch.sigmoid(post * scale[1] + post_base)
-    residual = (residual * scale[2] + residual_base).unflatten(-1, (count, count))
-    return pre, post, sinkhorn(residual, iterations, eps)
+    return _unconstrained if constraint == "none" else partial(_constrained, iterations=iterations, eps=eps)
+
+
+def _constrained(logits: Tensor, base: Tensor, scale: Tensor, iterations: int, eps: float) -> tuple[Tensor, ...]:
+    pre, post, residual = (x * gate + bias for x, bias, gate in zip(_split(logits), _split(base), scale, strict=True))
+    return torch.sigmoid(pre) + eps, 2 * torch.sigmoid(post), sinkhorn(_square(residual), iterations, eps)
+
+
+def _unconstrained(logits: Tensor, base: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+    logits = torch.tanh(logits)
+    pre, post, residual = (x * gate + bias for x, bias, gate in zip(_split(logits), _split(base), scale, strict=True))
+    return pre, post, _square(residual)
+
+
+def _split(rows: Tensor) -> tuple[Tensor, ...]:
+    """Pre, post and residual part of the last dimension."""
+    count = math.isqrt(rows.shape[-1] + 1) - 1
+    parts: tuple[Tensor, ...] = rows.split((count, count, count * count), -1)
+    return parts
+
+
+def _square(flat: Tensor) -> Tensor:
+    square: Tensor = flat.unflatten(-1, (math.isqrt(flat.shape[-1]),) * 2)
+    return square
 
 
 def _head(logits: Tensor, base: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, ...]:
@@ -134,7 +197,7 @@ class _Read(torch.autograd.Function):
         fn: Tensor,
         base: Tensor,
         scale: Tensor,
-        coefficients: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]],
+        coefficients: Coefficients,
         norm_eps: float,
     ) -> tuple[Tensor, ...]:
         flat = at_least_fp32(streams).flatten(0, 1).flatten(1)  # [M, S D]

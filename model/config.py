@@ -95,7 +95,7 @@ class ModelConfig:
     # Static mHC biases are not published (recipe 4). "zero" starts with streams averaged at every site, "identity"
     # with each stream kept to itself.
     hc_init: Literal["zero", "identity"] = "zero"
-    # "none" is what mHC constrains, plain hyper-connections: for comparison, and no DeepSeek-V4 (it cannot be exported).
+    # "none" gives what mHC constrains, plain hyper-connections: for comparison, and not to be exported (recipe 13).
     hc_constraint: Literal["sinkhorn", "none"] = "sinkhorn"
 
     def __post_init__(self) -> None:

@@ -15,27 +15,39 @@ from .config import ModelConfig
 from .transformer import Transformer
 
 
-def _zeros(tensor: Tensor, config: ModelConfig, generator: torch.Generator) -> None:
+def _zeros(tensor: Tensor, name: str, config: ModelConfig, generator: torch.Generator) -> None:
     tensor.zero_()
 
 
-def _ones(tensor: Tensor, config: ModelConfig, generator: torch.Generator) -> None:
+def _ones(tensor: Tensor, name: str, config: ModelConfig, generator: torch.Generator) -> None:
     tensor.fill_(1.0)
 
 
-def _gate_of_mixing(tensor: Tensor, config: ModelConfig, generator: torch.Generator) -> None:
+def _gate_of_mixing(tensor: Tensor, name: str, config: ModelConfig, generator: torch.Generator) -> None:
     tensor.fill_(0.01)
 
 
-def _normal(tensor: Tensor, config: ModelConfig, generator: torch.Generator) -> None:
+def _normal(tensor: Tensor, name: str, config: ModelConfig, generator: torch.Generator) -> None:
     drawn = torch.empty(tensor.shape, dtype=torch.float32).normal_(0.0, config.initializer_range, generator=generator)
     tensor.copy_(drawn)
 
 
-def _mixing_base(tensor: Tensor, config: ModelConfig, generator: torch.Generator) -> None:
+def _mixing_projection(tensor: Tensor, name: str, config: ModelConfig, generator: torch.Generator) -> None:
+    (_zeros if config.hc_constraint == "none" else _normal)(tensor, name, config, generator)
+
+
+def _mixing_base(tensor: Tensor, name: str, config: ModelConfig, generator: torch.Generator) -> None:
     tensor.zero_()
-    if config.hc_init == "identity":
-        count = config.hc_mult
+    count = config.hc_mult
+    if config.hc_constraint == "none":
+        # A plain residual network (arXiv 2409.19606, equation 14): site k reads stream k modulo S and writes to all.
+        # Streams are equal at first; being read in turn is what tells them apart.
+        block, layer, site = name.split(".")
+        depth = int(layer) + (config.num_hidden_layers if block == "mtp" else 0)
+        tensor[(2 * depth + site.startswith("hc_ffn")) % count] = 1.0
+        tensor[count : 2 * count] = 1.0
+        tensor[2 * count :] = torch.eye(count).flatten()
+    elif config.hc_init == "identity":
         tensor[:count] = (
             -math.log(count - 1.0) if count > 1 else 4.0
         )  # sigmoid gives 1 / count: the mean of the streams
@@ -43,7 +55,7 @@ def _mixing_base(tensor: Tensor, config: ModelConfig, generator: torch.Generator
         tensor[2 * count :] = 4.0 * torch.eye(count).flatten()
 
 
-def _hash_table(tensor: Tensor, config: ModelConfig, generator: torch.Generator) -> None:
+def _hash_table(tensor: Tensor, name: str, config: ModelConfig, generator: torch.Generator) -> None:
     """Distinct experts for each token id, each expert used equally often (to one). V4's own table is not published."""
     experts, width = config.n_routed_experts, tensor.shape[1]
     pool = torch.empty(0, dtype=torch.long)
@@ -58,7 +70,7 @@ def _hash_table(tensor: Tensor, config: ModelConfig, generator: torch.Generator)
     tensor.copy_(torch.stack(drawn))
 
 
-Distribution = Callable[[Tensor, ModelConfig, torch.Generator], None]
+Distribution = Callable[[Tensor, str, ModelConfig, torch.Generator], None]  # of the tensor of this name
 
 # First matching ending wins. Sources: recipe 1 (std), 4 (mHC); what no report states is zero, the neutral choice.
 DISTRIBUTIONS: dict[str, Distribution] = {
@@ -71,6 +83,8 @@ DISTRIBUTIONS: dict[str, Distribution] = {
     "hc_head_base": _zeros,
     "_scale": _gate_of_mixing,
     "_base": _mixing_base,
+    "hc_attn_fn": _mixing_projection,
+    "hc_ffn_fn": _mixing_projection,
     "": _normal,
 }
 
@@ -80,7 +94,7 @@ def init_weights(model: Transformer, seed: int = 0) -> None:
     """Fills every parameter and buffer of ``model`` (which must not be on the meta device)."""
     for name, tensor in model.state_dict(keep_vars=True).items():
         draw = next(draw for ending, draw in DISTRIBUTIONS.items() if name.endswith(ending))
-        draw(tensor, model.config, generator_of(seed, name))
+        draw(tensor, name, model.config, generator_of(seed, name))
 
 
 def generator_of(seed: int, name: str) -> torch.Generator:

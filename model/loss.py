@@ -130,7 +130,7 @@ def recall_statistics(indexers: Iterable[IndexerReport]) -> dict[str, Tensor]:
     if not recalls:
         return {}
     caught, tokens = torch.stack([torch.stack(recall) for recall in recalls]).sum(0).unbind()
-    return {"indexer/recall": caught / tokens.clamp(min=1), "indexer/recall_tokens": tokens}
+    return {"attn/indexer_recall": caught / tokens.clamp(min=1), "attn/indexer_recall_tokens": tokens}
 
 
 @torch.no_grad()

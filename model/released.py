@@ -16,7 +16,6 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping
-from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.quantize import block_of, dequantize, quantize_fp4, quantize_fp8, scale_shape
-from .config import ModelConfig
+from .config import ModelConfig, WeightsError, without_mtp
 from .layers import Linear
 from .moe import Experts
 from .tensor_files import (
@@ -33,7 +32,6 @@ from .tensor_files import (
     INDEX,
     Entry,
     TensorFolder,
-    WeightsError,
     listed,
     new_folder,
     weight_files,
@@ -139,6 +137,7 @@ def save_pretrained(
     folder = Path(folder)
     if format not in FORMATS:
         raise WeightsError(f"format={format!r}: choose from {', '.join(FORMATS)}")
+    _refuse_unconstrained(model.config)
     with new_folder(folder) as temporary:
         write_weights(model, temporary, format, max_shard_bytes)
         if tokenizer is not None:
@@ -147,7 +146,7 @@ def save_pretrained(
 
 def write_weights(model: Transformer, folder: Path, format: Format, max_shard_bytes: int) -> None:
     """``config.json`` and the safetensors files of a model, into an existing folder."""
-    write_release(folder, model_weights(model), model.config, format, max_shard_bytes, model.origin.copies)
+    _write(folder, model_weights(model), model.config, format, max_shard_bytes, model.origin.copies)
 
 
 def model_weights(model: Transformer) -> dict[str, Weight]:
@@ -188,8 +187,31 @@ def write_release(
         observe: is shown every tensor and what is stored of it.
 
     Raises:
-        WeightsError: values that are not finite, or a matrix that FP4 cannot pack. OSError: the disk refused.
+        WeightsError: values that are not finite, a matrix that FP4 cannot pack, or a model that the released format
+            cannot describe. OSError: the disk refused.
     """
+    _refuse_unconstrained(config)
+    _write(folder, weights, config, format, max_shard_bytes, copies, observe, progress)
+
+
+def _refuse_unconstrained(config: ModelConfig) -> None:
+    if config.hc_constraint != "sinkhorn":
+        raise WeightsError(
+            f"model.hc_constraint={config.hc_constraint}: the released format knows mHC alone, and its readers would "
+            "compute another model; train with hc_constraint=sinkhorn to export (checkpoints hold either)"
+        )
+
+
+def _write(
+    folder: Path,
+    weights: Mapping[str, Weight],
+    config: ModelConfig,
+    format: Format,
+    max_shard_bytes: int,
+    copies: Mapping[str, str] | None = None,
+    observe: Observer | None = None,
+    progress: Progress | None = None,
+) -> None:
     named = {**{name: name for name in weights}, **(copies or {})}
     sizes = {
         name: stored_bytes(source, weights[source].shape, weights[source].dtype, format)
@@ -492,13 +514,6 @@ def weights_fingerprint(folder: Path) -> str:
 def pretrained_config(folder: Path) -> ModelConfig:
     """The architecture of a folder of weights; raises as ``load_pretrained`` does, and reads headers only."""
     return Release(folder).config
-
-
-def without_mtp(config: ModelConfig) -> ModelConfig:
-    """The same model without its MTP block."""
-    main = config.num_hidden_layers
-    ratios, types = config.compress_ratios[:main], config.layer_types[:main]
-    return replace(config, num_nextn_predict_layers=0, compress_ratios=ratios, layer_types=types)
 
 
 def _fill(model: Transformer, release: Release, owned: Callable[[str], bool] | None, progress: Progress | None) -> None:

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from ..kernels.hyper_connection import Mixing, mhc_head, mhc_post, mhc_pre
 from ..kernels.norm import at_least_fp32
-from .attention import Attention, AttentionMode, AttentionTask, Geometry, IndexerReport
+from .attention import Attention, AttentionTask, Geometry, IndexerReport
 from .cache import Cache, LayerCache
-from .config import ModelConfig
+from .config import AttentionMode, ModelConfig, Recompute
 from .layers import Linear, RMSNorm
 from .moe import MoE, Routing
-from .recompute import Recompute, Route, recomputed
+from .recompute import Route, recomputed
 
 
 class BlockReport(NamedTuple):
@@ -93,7 +93,7 @@ class Block(nn.Module):
     def _read(self, streams: Tensor, site: str) -> tuple[Tensor, Mixing]:
         fn, base, scale = (getattr(self, f"hc_{site}_{part}") for part in ("fn", "base", "scale"))
         c = self.config
-        return mhc_pre(streams, fn, base, scale, c.hc_sinkhorn_iters, c.hc_eps, c.rms_norm_eps)
+        return mhc_pre(streams, fn, base, scale, c.hc_sinkhorn_iters, c.hc_eps, c.rms_norm_eps, c.hc_constraint)
 
 
 class MTPBlock(Block):

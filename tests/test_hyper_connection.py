@@ -1,9 +1,8 @@
 """Hyper-connections against plain formulas: what a site reads, what it writes, and Sinkhorn's normalisation."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
+from hyper_connection_cases import SHAPES, TOLERANCE, Sites, draw, run
 from model_cases import relative_rms
 from torch import Tensor
 
@@ -11,12 +10,7 @@ from openv4.kernels.hyper_connection import Mixing, mhc_head, mhc_post, mhc_pre,
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# The sums have the width of the streams (some hundred terms) or, in the gradients of a site's parameters, the length of
-# the rows (some thousand), and each is off by about the square root of that many roundings, of 6e-8 or 1e-16. The 20
-# iterations of Sinkhorn's normalisation contract errors.
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 ITERATIONS, EPS, NORM_EPS = 20, 1e-6, 1e-5
-SHAPES = [(1, 1), (2, 3), (3, 4), (1, 127), (2, 128), (1, 129), (2, 1000), (1, 4097)]  # [B, T]
 
 
 def plain_sinkhorn(logits: Tensor, iterations: int, eps: float) -> Tensor:
@@ -69,42 +63,11 @@ def our_head(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor) -> Tensor
     return mhc_head(streams, fn, base, scale, EPS, NORM_EPS)
 
 
-Sites = Callable[..., Tensor | tuple[Tensor, ...]]
 PAIRS: dict[str, tuple[Sites, Sites]] = {
     "pre": (our_pre, plain_pre),
     "post": (our_post, plain_post),
     "head": (our_head, plain_head),
 }
-
-
-def draw(site: str, batch: int, length: int, streams: int = 4, hidden: int = 6, seed: int = 0) -> list[Tensor]:
-    """Arguments of a site, float64."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    x = normal(batch, length, streams, hidden)
-    if site == "post":
-        residual = normal(batch, length, streams, streams).softmax(-1)
-        return [x, normal(batch, length, hidden), normal(batch, length, streams).exp(), residual]
-    rows = streams if site == "head" else streams * (streams + 2)
-    width = streams * hidden
-    return [x, normal(rows, width) * width**-0.5, normal(rows), normal(1 if site == "head" else 3)]
-
-
-def run(function: Sites, arguments: list[Tensor], *dtypes: torch.dtype) -> list[Tensor]:
-    """Outputs and the gradients of all arguments, for random gradients of the outputs. The last dtype is repeated.
-
-    The random gradients are numbers that bfloat16 holds, so that every dtype gets the same.
-    """
-    dtypes = dtypes + dtypes[-1:] * (len(arguments) - len(dtypes))
-    inputs = [x.detach().to(dtype).requires_grad_() for x, dtype in zip(arguments, dtypes, strict=True)]
-    result = function(*inputs)
-    outputs = [result] if isinstance(result, Tensor) else list(result)
-    generator = torch.Generator().manual_seed(1)
-    upper = [torch.randn(x.shape, generator=generator).bfloat16().to(x.dtype) for x in outputs]
-    return [*outputs, *torch.autograd.grad(outputs, inputs, upper)]
 
 
 def check(site: str, arguments: list[Tensor], *dtypes: torch.dtype) -> None:

@@ -612,7 +612,7 @@ def test_nothing_in_a_config_is_a_secret_default() -> None:
     """Each field of ModelConfig is written, or known to be left out: none is lost on the way through a file."""
     config = ModelConfig(**SIZES, swiglu_limit=3.0, hc_eps=1e-5, rope_theta=123.0, routed_scaling_factor=2.5)
     written = config.to_json()
-    assert set(asdict(config)) - set(written) == {"hc_init"}
+    assert set(asdict(config)) - set(written) == {"hc_init", "hc_constraint"}
     assert same_config(ModelConfig.from_dict(written), config)
 
 
