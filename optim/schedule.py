@@ -10,7 +10,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Literal, get_args
 
 LrShape = Literal["constant", "linear", "cosine"]
@@ -206,6 +206,11 @@ class Schedule:
         ]
         self.total_steps = step if steps is None else steps
         self.total_tokens = self.tokens_before(self.total_steps)
+
+    @property
+    def stage_steps(self) -> list[int]:
+        """Optimizer steps of each stage, whatever ``steps`` says."""
+        return [after - first for first, after in pairwise([*self._first_steps, self._runs[-1].step])]
 
     def plan(self, step: int, tokens: int) -> Plan | None:
         """The next step's plan after `step` completed steps and `tokens` seen tokens; None when the run is over."""
