@@ -7,7 +7,7 @@ export PYTHONSAFEPATH = 1
 # Threads that wait sleep. On an idle machine spinning is a third faster; beside one busy process it is several times slower.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: setup smoke tiny-v4 test test-all check bench gpu clean
+.PHONY: setup smoke tiny-v4 browser test test-all check docs figures bench gpu clean
 
 # torch comes first and pinned: asked for by range, pip may take a build of several GB for another kind of machine.
 .venv/.runtime: pyproject.toml constraints.txt
@@ -23,6 +23,11 @@ export OMP_WAIT_POLICY = PASSIVE
 .venv/.dev: .venv/.runtime
 	@echo "installing the test tools ..."
 	@$(PIP_INSTALL) -e '.[dev]'
+	@touch $@
+
+.venv/.docs: .venv/.runtime
+	@echo "installing mkdocs ..."
+	@$(PIP_INSTALL) -e '.[docs]'
 	@touch $@
 
 setup: .venv/.dev
@@ -42,8 +47,19 @@ runs/tiny_v4: | .venv/.runtime
 		output=runs/tiny_v4_chat
 	$(BIN)/openv4 export checkpoint=runs/tiny_v4_chat output=$@ format=fp4+fp8
 
+# The tests of the report open it in Chromium, which is no Python package.
+BROWSER = apt-get install -y --no-install-recommends chromium chromium-driver
+browser:
+	@if command -v chromium >/dev/null && command -v chromedriver >/dev/null; then exit 0; fi; \
+	if ! command -v apt-get >/dev/null; then \
+		echo "no chromium and chromedriver on PATH: the tests of the report need both; install them"; \
+	elif [ "$$(id -u)" = 0 ]; then apt-get update -qq && $(BROWSER); \
+	elif sudo -n true 2>/dev/null; then sudo apt-get update -qq && sudo $(BROWSER); \
+	else echo "no chromium and chromedriver on PATH: the tests of the report need both; sudo $(BROWSER)"; \
+	fi
+
 # Many small tests: a process a core with one thread each is twice as fast as one process with a thread a core.
-test: .venv/.dev
+test: .venv/.dev browser
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 -m "not slow and not gpu"
 
 test-all: test
@@ -56,6 +72,18 @@ check: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest tests/test_imports.py
+
+# The pages of docs/ and the API from the docstrings, in build/site; a broken link or reference is an error. The API is
+# read, not imported, through build/api/openv4: the repository itself would be read with all that lies in it.
+docs: .venv/.docs
+	@mkdir -p build/api/openv4
+	@for part in __init__.py kernels data model optim train launch; do ln -sfn ../../../$$part build/api/openv4/$$part; done
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Figures of the documentation that are calculated, not taken from runs.
+figures: .venv/.dev
+	$(BIN)/python docs/figures/flow.py
+	$(BIN)/python docs/figures/mhc_gain.py
 
 # Time and memory beside transformers and torch, written to docs/results/: about half an hour on an idle machine with 20 GB
 # free. There, threads may spin a moment before they sleep, the default: a fairer and faster setting for both sides.

@@ -5,14 +5,15 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn
+from itertools import takewhile
+from typing import Any, NamedTuple, NoReturn, get_origin, get_type_hints
 
 import hydra
 from omegaconf import DictConfig
 
 from ..data.config import DataError
 from ..model.config import ModelConfigError, WeightsError
-from ..train.config import CONF, CheckpointError, ConfigError, from_yaml, load, normalize
+from ..train.config import CONF, CheckpointError, ConfigError, from_yaml, load, normalize, quoted
 
 
 class Command(NamedTuple):
@@ -34,7 +35,11 @@ COMMANDS = {
         "write the released format, which transformers loads", "openv4 export checkpoint=runs/smoke output=my_model"
     ),
     "inspect": Command("what a folder of weights holds", "openv4 inspect DeepSeek-V4-Flash"),
-    "plan": Command("does LoRA on a model fit a machine?", "openv4 plan model=v4_flash gpus=8 row_tokens=16384"),
+    "plan": Command(
+        "memory, time and communication of a run on a cluster, before it runs",
+        "openv4 plan run=pretrain_flash nodes=64",
+    ),
+    "report": Command("a run's curves as one HTML page, several compared", "openv4 report runs/smoke"),
     "merge": Command("fold LoRA adapters into their weights", "openv4 merge adapter=runs/lora output=my_model"),
 }
 
@@ -54,9 +59,7 @@ def main() -> None:
     # `spawn`ed and launched children must not find our folders (kernels, data, ...) as top-level modules.
     os.environ.setdefault("PYTHONSAFEPATH", "1")
     module = importlib.import_module(f".{name}", __package__)
-    positional = getattr(module, "POSITIONAL", None)
-    if positional and arguments and "=" not in arguments[0] and arguments[0][:1] not in ("-", "+", "~"):
-        arguments[0] = f"{positional}={arguments[0]}"
+    arguments = _spelled_out(module.CONFIG, getattr(module, "POSITIONAL", None), arguments)
     try:
         if any(argument.startswith("-") for argument in arguments):
             _hydra_application(name, module.CONFIG, module.run, arguments)
@@ -68,6 +71,22 @@ def main() -> None:
         way_on = "; the same command resumes from the last checkpoint" if name == "train" else ""
         print(f"interrupted{way_on}", file=sys.stderr)
         sys.exit(130)
+
+
+def _spelled_out(schema: type[Any], positional: str | None, arguments: list[str]) -> list[str]:
+    """``--name`` of a boolean key as ``name=true``, and the words before all else as the positional key's value(s)."""
+    hints = get_type_hints(schema)
+    flags = {f"--{name.replace('_', '-')}": f"{name}=true" for name, hint in hints.items() if hint is bool}
+    rest = [argument for argument in arguments if argument not in flags]
+    words = (
+        list(takewhile(lambda word: "=" not in word and word[:1] not in ("-", "+", "~"), rest)) if positional else []
+    )
+    several = positional is not None and get_origin(hints[positional]) is tuple
+    if not several:
+        words = words[:1]
+    value = f"[{','.join(map(quoted, words))}]" if several else "".join(words)
+    given = [f"{positional}={value}"] if words else []
+    return [*given, *rest[len(words) :], *(flags[argument] for argument in arguments if argument in flags)]
 
 
 def _hydra_application(name: str, schema: type[Any], run: Callable[[Any], None], arguments: list[str]) -> None:

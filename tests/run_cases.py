@@ -16,6 +16,7 @@ from openv4.optim.groups import Optimizers, build_optimizers
 from openv4.optim.schedule import Plan
 from openv4.train.checkpoint import TrainState
 from openv4.train.config import TrainConfig, load_config
+from openv4.train.metrics import varies
 
 # Eight steps: five of short rows with warm-up and a growing batch (2, 2, 3, 3, 4 rows of 64), three of longer rows with
 # sparse attention and the cosine (2 rows of 128). Up to two micro-batches a step, three epochs of `small_data`.
@@ -54,12 +55,19 @@ def tiny_config(data: Path, output: Path, *overrides: str) -> TrainConfig:
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
-    """The rows of ``metrics.jsonl`` but for the speeds; anything that strict JSON does not know fails."""
+    """The rows of ``metrics.jsonl`` but for times and memory; anything that strict JSON does not know fails."""
     found = []
     for line in (run / "metrics.jsonl").read_text().splitlines():
         row: dict[str, Any] = json.loads(line, parse_constant=refuse_constant)
-        found.append({k: v for k, v in row.items() if k not in ("train/tokens_per_second", "train/mfu")})
+        found.append({key: value for key, value in row.items() if not varies(key)})
     return found
+
+
+def summary(run: Path) -> dict[str, Any]:
+    """``summary.json`` but for times and memory."""
+    text = (run / "summary.json").read_text()
+    values: dict[str, Any] = json.loads(text, parse_constant=refuse_constant)
+    return {key: value for key, value in values.items() if not varies(key)}
 
 
 def refuse_constant(name: str) -> None:

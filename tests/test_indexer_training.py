@@ -9,7 +9,7 @@ import pytest
 import torch
 import v4_reference
 from model_cases import random_config, random_model, relative_rms
-from run_cases import contents, optimizers_of, plan, rows, tiny_config
+from run_cases import contents, optimizers_of, plan, rows, summary, tiny_config
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -118,7 +118,7 @@ def test_a_warmup_trains_the_indexers_alone(case: int) -> None:
     assert torch.equal(losses.main, dense.main)
     for mine, its in zip(losses.indexer, dense.indexer, strict=True):
         assert torch.equal(mine, its)
-    assert torch.equal(losses.statistics["indexer/recall"], dense.statistics["indexer/recall"])
+    assert torch.equal(losses.statistics["attn/indexer_recall"], dense.statistics["attn/indexer_recall"])
 
 
 @pytest.mark.parametrize("mode", ["indexer_warmup", "sparse"])
@@ -129,7 +129,7 @@ def test_documents_too_short_for_an_entry_teach_nothing(mode: AttentionMode) -> 
     batch = Batch(torch.arange(20)[None], segments, ())
     losses = training_losses(model, batch.tokens, segments, mode, indexer=True, statistics=True)
     assert not losses.indexer.kl and not losses.indexer.uniform and not losses.indexer.tokens
-    assert float(losses.statistics["indexer/recall"]) == 0.0
+    assert float(losses.statistics["attn/indexer_recall"]) == 0.0
     losses.indexer.kl.backward()
     assert not any(gradient.any() for gradient in gradients(model).values())
     now = plan(attention=mode, indexer_weight=1.0)
@@ -169,7 +169,7 @@ def test_no_recall_is_reported_where_the_indexer_takes_all(config: TrainConfig, 
     run = train(replace(config, model=model, steps=steps, output=str(tmp_path / "run")))
     row = rows(run)[-1]
     assert row["train/stage"] == SPARSE
-    assert {key for key in row if key.startswith("indexer/")} == {"indexer/kl", "indexer/kl_uniform"}
+    assert {key for key in row if key.startswith("attn/indexer_")} == {"attn/indexer_kl", "attn/indexer_kl_uniform"}
 
 
 @pytest.fixture(scope="module")
@@ -234,11 +234,11 @@ def test_the_indexer_starts_from_its_initial_weights(config: TrainConfig, straig
 
 def test_rows_report_the_indexer_where_it_trains(straight: Path) -> None:
     for row in rows(straight):
-        reported = {key for key in row if key.startswith("indexer/")}
+        reported = {key for key in row if key.startswith("attn/indexer_")}
         if row["train/stage"] in (WARMUP, SPARSE):
-            assert reported == {"indexer/kl", "indexer/kl_uniform", "indexer/recall"}, row["step"]
-            assert 0 <= row["indexer/kl"] < 10 and 0 < row["indexer/kl_uniform"] < math.log(16)
-            assert 0 < row["indexer/recall"] <= 1
+            assert reported == {"attn/indexer_kl", "attn/indexer_kl_uniform", "attn/indexer_recall"}, row["step"]
+            assert 0 <= row["attn/indexer_kl"] < 10 and 0 < row["attn/indexer_kl_uniform"] < math.log(16)
+            assert 0 < row["attn/indexer_recall"] <= 1
             assert row["optim/update_rms/indexer"] > 0
         else:
             assert not reported, row["step"]
@@ -257,7 +257,7 @@ def test_resumed_in_the_middle_of_a_stage(stop: int, config: TrainConfig, straig
         ours, theirs = (contents(folder / "checkpoints" / f"step_{step}") for folder in (run, straight))
         assert sorted(ours) == sorted(theirs) and [file for file in ours if ours[file] != theirs[file]] == [], step
     assert rows(run) == rows(straight)
-    assert (run / "summary.json").read_bytes() == (straight / "summary.json").read_bytes()
+    assert summary(run) == summary(straight)
 
 
 # A task with known answers.

@@ -25,7 +25,7 @@ from typing import Any
 import pytest
 import torch
 from model_cases import random_config, random_model, relative_rms
-from run_cases import OVERRIDES, STEPS, contents, optimizers_of, packed_batch, plan, rows, tiny_config, trained
+from run_cases import OVERRIDES, STEPS, contents, optimizers_of, packed_batch, plan, rows, summary, tiny_config, trained
 from torch import Tensor
 
 import openv4.train.loop as loop
@@ -37,6 +37,7 @@ from openv4.model.loss import training_losses
 from openv4.optim.schedule import Schedule
 from openv4.train.config import CheckpointError, ConfigError, TrainConfig, from_yaml, load_config, to_yaml
 from openv4.train.loop import claim_folder, split_batch, train, training_step
+from openv4.train.metrics import read_lines
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -70,7 +71,8 @@ def assert_same_run(run: Path, straight: Path) -> None:
     assert [file for file in ours if ours[file] != theirs[file]] == []
     assert (run / "checkpoints" / "latest").read_text() == f"{name}\n"
     assert rows(run) == rows(straight)
-    assert json.loads((run / "summary.json").read_text()) == json.loads((straight / "summary.json").read_text())
+    assert summary(run) == summary(straight)
+    assert (run / "expert_load.jsonl").read_bytes() == (straight / "expert_load.jsonl").read_bytes()
     assert not list((run / "checkpoints").glob(".*"))
 
 
@@ -234,7 +236,8 @@ def test_kill_9_at_random_moments(small_data: Path, tmp_path: Path) -> None:
     assert sorted(ours) == sorted(theirs)
     assert [name for name in ours if ours[name] != theirs[name]] == []
     assert rows(run) == rows(reference)
-    assert (run / "summary.json").read_bytes() == (reference / "summary.json").read_bytes()
+    assert summary(run) == summary(reference)
+    assert (run / "expert_load.jsonl").read_bytes() == (reference / "expert_load.jsonl").read_bytes()
     assert sorted(path.name for path in run.iterdir()) == sorted(path.name for path in reference.iterdir())
 
 
@@ -431,6 +434,8 @@ def test_a_run_counts_skipped_steps_and_goes_on(
     assert found[2]["train/grad_norm"] is None and found[2]["train/loss"] > 0
     assert all(row["train/grad_norm"] is not None for row in found if row["step"] != 4)
     assert json.loads((run / "summary.json").read_text())["skipped"] == 2
+    skipped = [event for event in read_lines(run / "events.jsonl") if event["kind"] == "skipped"]
+    assert [event["step"] for event in skipped] == [4, 5]
     checkpoints = run / "checkpoints"
     third, fourth, fifth, sixth = (contents(checkpoints / f"step_{step}") for step in (3, 4, 5, 6))
     assert third == contents(straight / "checkpoints" / "step_3")
@@ -455,8 +460,8 @@ def test_a_run_of_nan_weights_ends_in_order(
     train(replace(short, logging=replace(config.logging, sample_prompt="In the", sample_tokens=2)))
     found = rows(tmp_path / "run")
     assert [(row["train/loss"], row["stability/skipped_steps"]) for row in found] == [(None, 1), (None, 2)]
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["skipped"] == 2 and summary["validation/bits_per_byte"] is None
+    ending = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert ending["skipped"] == 2 and ending["validation/bits_per_byte"] is None
     train(replace(short, steps=3))  # null rows are read back
     assert len(rows(tmp_path / "run")) == 3
 

@@ -56,11 +56,11 @@ def test_long_context_trains_its_indexer(tmp_path: Path) -> None:
     rows = list(read_metrics(run / "metrics.jsonl"))
     stages = {stage: [row for row in rows if row["train/stage"] == stage] for stage in range(4)}
     assert all(row["train/sequence_length"] == 32768 for stage in (1, 2, 3) for row in stages[stage])
-    assert all("indexer/kl" not in row for stage in (0, 1) for row in stages[stage])
+    assert all("attn/indexer_kl" not in row for stage in (0, 1) for row in stages[stage])
     warmup, sparse = stages[2], stages[3]
-    assert warmup[-1]["indexer/kl"] < 0.95 * warmup[-1]["indexer/kl_uniform"]
-    assert warmup[-1]["indexer/kl"] < warmup[0]["indexer/kl"]
-    assert warmup[-1]["indexer/recall"] > warmup[0]["indexer/recall"] + 0.1
-    assert all(row["indexer/kl"] < row["indexer/kl_uniform"] for row in sparse)
-    assert sparse[-1]["indexer/recall"] > warmup[0]["indexer/recall"] + 0.1
+    assert warmup[-1]["attn/indexer_kl"] < 0.95 * warmup[-1]["attn/indexer_kl_uniform"]
+    assert warmup[-1]["attn/indexer_kl"] < warmup[0]["attn/indexer_kl"]
+    assert warmup[-1]["attn/indexer_recall"] > warmup[0]["attn/indexer_recall"] + 0.1
+    assert all(row["attn/indexer_kl"] < row["attn/indexer_kl_uniform"] for row in sparse)
+    assert sparse[-1]["attn/indexer_recall"] > warmup[0]["attn/indexer_recall"] + 0.1
     assert stages[3][-1]["train/loss"] < 0.75 * rows[0]["train/loss"]

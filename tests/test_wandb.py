@@ -13,10 +13,10 @@ import wandb
 from run_cases import rows, tiny_config
 from wandb.proto import wandb_internal_pb2
 
-from openv4.train import metrics
 from openv4.train.config import TrainConfig
 from openv4.train.loop import train
-from openv4.train.metrics import WandbLog
+from openv4.train.metrics import GROUPS
+from openv4.train.wandb_log import WandbLog
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -90,6 +90,37 @@ def test_the_plot_is_logged(offline: Path) -> None:
         assert (file.parent / "files" / path).read_bytes().startswith(b"\x89PNG")
 
 
+def test_groups_are_sections_over_tokens(offline: Path) -> None:
+    metrics = [r.metric for r in records(wandb_files(offline)[0]) if r.WhichOneof("record_type") == "metric"]
+    globs = {metric.glob_name: metric.step_metric for metric in metrics if metric.glob_name}
+    assert globs == {f"{group}/*": "tokens" for group in GROUPS}
+    logged = {key for file in wandb_files(offline) for row in history(file) for key in row}
+    ours = {key for key in logged if not key.startswith(("_", "plots/", "summary"))} - {"tokens"}
+    assert ours and all(key.split("/")[0] in GROUPS for key in ours)
+    best = {metric.name for metric in metrics if metric.summary.min and metric.summary.last}
+    assert best == {"train/loss", "validation/loss", "validation/bits_per_byte"}
+
+
+def test_the_summary_is_a_table(offline: Path) -> None:
+    for file, step in zip(wandb_files(offline), (4, 6), strict=True):
+        (path,) = [row["summary/path"] for row in history(file) if "summary/path" in row]
+        table = json.loads((file.parent / "files" / path).read_text())
+        (row,) = (dict(zip(table["columns"], cells, strict=True)) for cells in table["data"])
+        assert row["step"] == step and row["parameters"] > 1000 and row["validation/loss"] > 0
+    assert row == json.loads((offline / "summary.json").read_text())
+
+
+def test_config_file_and_environment_are_saved(offline: Path) -> None:
+    """As files of the run, whole and not links, beside W&B's own config.yaml."""
+    for file in wandb_files(offline):
+        folder = file.parent / "files" / "openv4"
+        assert {path.name for path in folder.iterdir()} == {"config.yaml", "env.json"}
+        assert not any(path.is_symlink() for path in folder.iterdir())
+        sent = [r.files.files for r in records(file) if r.WhichOneof("record_type") == "files"]
+        assert {"openv4/config.yaml", "openv4/env.json"} <= {f.path for files in sent for f in files}
+    assert (folder / "config.yaml").read_bytes() == (offline / "config.yaml").read_bytes()
+
+
 def test_config_is_saved(offline: Path, small_data: Path) -> None:
     (run,) = (r.run for r in records(wandb_files(offline)[0]) if r.WhichOneof("record_type") == "run")
     config = values(run.config.update)
@@ -97,6 +128,8 @@ def test_config_is_saved(offline: Path, small_data: Path) -> None:
     assert config["stages"][0]["name"] == "short" and config["optim"]["muon"]["momentum"] == 0.95
     assert config["data"]["path"] == str(small_data)
     assert (run.project, run.display_name) == ("openv4", "smoke")
+    told = json.loads((offline / "env.json").read_text())
+    assert config["code"] == {"git": told["git"], "git_dirty": told["git_dirty"]}
 
 
 def test_resume_continues_the_same_run(offline: Path) -> None:
@@ -136,8 +169,14 @@ def test_environment_is_not_recorded(small_data: Path, tmp_path: Path, monkeypat
 class FakeRun:
     """Stands for wandb's run; fails when told to."""
 
-    def __init__(self, fail: str = "") -> None:
-        self.fail, self.calls = fail, list[str]()
+    def __init__(self, fail: str = "", dir: str = "") -> None:
+        self.fail, self.dir, self.calls, self.summary = fail, dir, list[str](), dict[str, Any]()
+
+    def define_metric(self, *_: object, **__: object) -> None:
+        """Does not talk to anybody."""
+
+    def save(self, *_: object, **__: object) -> None:
+        self._call("save")
 
     def _call(self, name: str) -> None:
         self.calls.append(name)
@@ -197,7 +236,7 @@ def complaints(capsys: pytest.CaptureFixture[str]) -> list[str]:
     return [line for line in capsys.readouterr().err.splitlines() if "W&B" in line]
 
 
-@pytest.mark.parametrize("place", ["init", "log", "image"])
+@pytest.mark.parametrize("place", ["init", "save", "log", "image"])
 def test_a_failure_stops_nothing(
     place: str,
     small_data: Path,
@@ -206,7 +245,7 @@ def test_a_failure_stops_nothing(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    fake = FakeRun(place)
+    fake = FakeRun(place, str(tmp_path))
 
     def init(**_: object) -> FakeRun:
         fake._call("init")
@@ -271,7 +310,7 @@ def test_an_interrupt_is_not_swallowed(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_disabled_imports_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    log = metrics.WandbLog("disabled", "p", "n", tmp_path, {})
+    log = WandbLog("disabled", "p", "n", tmp_path, {})
     log.write({"step": 1})
     log.image("a", tmp_path)
     log.finish()

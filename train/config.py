@@ -225,6 +225,21 @@ class TrainConfig:
         if self.epochs is None:  # else the data decides
             Schedule(self.stages, self.steps)  # refuses stages that do not go together
 
+    @classmethod
+    def complete(cls, values: dict[Any, Any]) -> dict[Any, Any]:
+        """Composed values, and the architecture of the pretrained weights where they name any without its config."""
+        folder, model = values.get("pretrained"), values.get("model") or {}
+        if folder in ("???", ""):
+            raise ConfigError("model.pretrained is not set; give model.pretrained=<folder of released weights>")
+        if folder is None or not isinstance(model, dict) or "vocab_size" in model:
+            return values
+        from ..model.released import pretrained_config  # torch takes two seconds, which other configs need not wait for
+
+        config = pretrained_config(Path(str(folder)))
+        if model.get("num_nextn_predict_layers") == 0:
+            config = without_mtp(config)
+        return values | {"model": dataclasses.asdict(config) | model}
+
     @property
     def shortest_row(self) -> int:
         """Tokens of the shortest row of any stage: what a conversation must fit into."""
@@ -290,25 +305,10 @@ def from_yaml(schema: type[T], config: DictConfig | str) -> T:
         values = OmegaConf.to_container(node, resolve=True)
     except (OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(_explain(error)) from None
-    if schema is TrainConfig and isinstance(values, dict):
-        values = _with_pretrained(values)
+    if isinstance(values, dict) and issubclass(schema, TrainConfig):
+        values = schema.complete(values)
     result: T = _convert(schema, values, "")
     return result
-
-
-def _with_pretrained(values: dict[Any, Any]) -> dict[Any, Any]:
-    """``values`` with the architecture of the pretrained weights, where they name any and do not spell it out."""
-    folder, model = values.get("pretrained"), values.get("model") or {}
-    if folder in ("???", ""):
-        raise ConfigError("model.pretrained is not set; give model.pretrained=<folder of released weights>")
-    if folder is None or not isinstance(model, dict) or "vocab_size" in model:
-        return values
-    from ..model.released import pretrained_config  # torch takes two seconds, which other configs need not wait for
-
-    config = pretrained_config(Path(str(folder)))
-    if model.get("num_nextn_predict_layers") == 0:
-        config = without_mtp(config)
-    return values | {"model": dataclasses.asdict(config) | model}
 
 
 def to_yaml(config: Any) -> str:
@@ -370,13 +370,13 @@ def normalize(name: str, schema: type[Any], overrides: Sequence[str]) -> list[st
         if any("\ud800" <= character <= "\udfff" for character in override):  # how Python passes on other bytes
             raise ConfigError(f"{override!r} is not UTF-8; type it in a UTF-8 terminal, or rename the file")
         if key.lstrip("+") == "model.pretrained":
-            prepared = f"++pretrained={value if _hydra_spelling(value) else _quoted(value)}"
+            prepared = f"++pretrained={value if _hydra_spelling(value) else quoted(value)}"
             if not any(other.startswith("model=") for other in overrides):
                 normal.append("~model")  # its config.json says what the model is
         elif value in presets.get(key, ()):
             prepared = override
         elif key == "data" and (Path(value).exists() or "/" in value):
-            prepared = f"++data.path={_quoted(value)}"
+            prepared = f"++data.path={quoted(value)}"
         elif key == "data" and equals:
             hint = f", no such preset{_nearest(value, presets[key])}" if key in presets else ""
             raise ConfigError(f"{override}: no such folder{hint}")
@@ -385,7 +385,7 @@ def normalize(name: str, schema: type[Any], overrides: Sequence[str]) -> list[st
         else:
             prepared = override
             if equals and _is_text(schema, key.lstrip("+")) and not _hydra_spelling(value):
-                prepared = f"{key}={_quoted(value)}"
+                prepared = f"{key}={quoted(value)}"
             prepared = prepared if key[0] in "+~" else f"++{prepared}"
         if not _parses(prepared):
             raise ConfigError(f"{override!r} is not key=value; quote values that hold special characters")
@@ -393,7 +393,8 @@ def normalize(name: str, schema: type[Any], overrides: Sequence[str]) -> list[st
     return normal
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
+    """The text as a value of an override, whatever characters are in it."""
     return str(QuotedString(text, Quote.single).with_quotes())
 
 

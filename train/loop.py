@@ -3,10 +3,9 @@
 import fcntl
 import json
 import math
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor
 from ..data.byte_model import ByteModel
 from ..data.loader import Batch
 from ..data.tokenizer import load_tokenizer
-from ..model.accounting import parameter_table, training_flops_per_token
+from ..model.accounting import count_parameters, parameter_table
 from ..model.generate import generate
 from ..model.init import init_weights
 from ..model.lora import add_lora
@@ -30,37 +29,24 @@ from ..optim.schedule import Plan, Schedule
 from .checkpoint import TrainState, latest_checkpoint, load_checkpoint, make_latest, remove_leftovers, save_checkpoint
 from .config import CheckpointError, ConfigError, TrainConfig, from_yaml, to_yaml
 from .dataset import Dataset, open_dataset
+from .environment import code_version, write_environment
 from .evaluation import Evaluation, evaluate, without_dropout
+from .meter import Meter, StepReport, relative_load
 from .metrics import (
+    EventLog,
+    ExpertLoadFile,
     MetricsFile,
-    Row,
     Terminal,
-    WandbLog,
     finite,
-    group_table,
-    peak_flops,
     plot_loss,
     read_metrics,
-    write_environment,
+    summarize_rows,
+    summary_table,
 )
 from .progress import progress_bar
+from .wandb_log import WandbLog
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-@dataclass
-class StepReport:
-    """Sums over the micro-batches of one step, still on the device."""
-
-    main: Tensor  # nats
-    mtp: Tensor
-    balance: Tensor
-    indexer: Tensor  # [3] KL and what a uniform indexer would have, nats, and tokens x CSA layers
-    counts: Counts
-    grad_norm: Tensor
-    found_inf: Tensor  # 1 if the step was skipped, else 0
-    load: dict[str, Tensor] = field(default_factory=dict)  # by block: tokens per expert
-    statistics: dict[str, Tensor] = field(default_factory=dict)  # of the first micro-batch
 
 
 def training_step(
@@ -142,18 +128,27 @@ def train(config: TrainConfig) -> Path:
         copy_tokenizer(data.tokenizer_path, run, config.model)
 
         metrics = MetricsFile(run / "metrics.jsonl", state.step)
+        loads = ExpertLoadFile(run / "expert_load.jsonl", state.step)
+        events = EventLog(run / "events.jsonl")
+        stack.enter_context(events.closing(state))
         terminal = stack.enter_context(Terminal(schedule.total_steps, state.step))
         introduce(terminal, config, optimizers, data, resumed, state)
-        wandb = WandbLog(config.logging.wandb, config.logging.project, config.name, run, asdict(config))
+        described = asdict(config) | {"code": code_version()}
+        wandb = WandbLog(config.logging.wandb, config.logging.project, config.name, run, described)
         stack.callback(wandb.finish)
         validator = Validator(config, data, device)
         meter = Meter(config, device)
 
         plan = schedule.plan(state.step, state.tokens)
-        with meter.aside():
-            untrained = validator(model, plan) if state.step == 0 and plan else None
+        if plan is not None:
+            events.write(state.step, *beginning(resumed, plan, state, metrics.reached))
+        untrained = None
+        if plan is not None and state.step == 0:
+            with meter.aside("validation"):
+                untrained = validator(model, plan)
         while plan is not None:
-            batch = loader.next_batch(plan.rows, plan.sequence_length)
+            with meter.waiting():
+                batch = loader.next_batch(plan.rows, plan.sequence_length)
             validates = config.validation.every > 0 and (state.step + 1) % config.validation.every == 0
             due = validates or state.step == 0 or (state.step + 1) % config.logging.every == 0
             micro_batches = split_batch(batch, config.micro_batch_tokens, device)
@@ -162,31 +157,39 @@ def train(config: TrainConfig) -> Path:
             state.tokens += plan.tokens
             meter.count(plan, report)
             if due:
+                settle(meter, state, events)
                 row = meter.row(state, plan, report, optimizers, batch)
                 if untrained is not None:
                     row |= {"validation/untrained_loss": untrained.loss}
                     row |= {"validation/untrained_bits_per_byte": untrained.bits_per_byte}
                     untrained = None
                 if validates:
-                    with meter.aside():
+                    with meter.aside("validation"):
                         result = validator(model, plan)
                     if result is not None:
                         row |= {"validation/loss": result.loss, "validation/bits_per_byte": result.bits_per_byte}
                 metrics.write(row)
+                loads.write(state.step, relative_load(report.load))
                 terminal.show(row)
                 wandb.write(row)
-            plan = schedule.plan(state.step, state.tokens)
+            stage, plan = plan.stage, schedule.plan(state.step, state.tokens)
+            if plan is not None and plan.stage != stage:
+                events.write(state.step, "stage", describe_stage(plan))
             every = config.checkpoint.every
             if plan is None or (every and state.step % every == 0):
-                meter.settle(state)
+                settle(meter, state, events)
                 state.data = loader.state_dict()
-                with meter.aside():
+                with meter.aside("checkpoint"):
                     adapter = (config.lora, str(Path(config.pretrained or "").resolve())) if config.lora else None
-                    save_checkpoint(run / "checkpoints", model, optimizers, state, config.checkpoint.keep, adapter)
+                    saved = save_checkpoint(
+                        run / "checkpoints", model, optimizers, state, config.checkpoint.keep, adapter
+                    )
+                events.write(state.step, "checkpoint", saved.name)
         if meter.steps == 0 and (state.step > schedule.total_steps or concluded(run, state)):
             terminal.console.print(f"{run}: this run is complete at step {state.step}; raise steps= to go on")
         elif last := schedule.plan(state.step - 1, schedule.tokens_before(state.step - 1)):
             conclude(run, terminal, wandb, config, data, model, state, validator(model, last, whole=True))
+            events.write(state.step, "end", f"{state.tokens:,} tokens trained")
     return run
 
 
@@ -365,82 +368,27 @@ class Validator:
         return ByteModel.fit(train, order).bits_per_byte(held_out)
 
 
-class Meter:
-    """Turns step reports into rows of metrics; the only place that waits for the device."""
-
-    def __init__(self, config: TrainConfig, device: torch.device) -> None:
-        self.config = config
-        self.steps = 0
-        self._tokens, self._since = 0, time.perf_counter()
-        self._skipped = torch.zeros((), device=device)
-        given = config.logging.peak_tflops
-        self._peak = given * 1e12 if given else peak_flops(device)
-
-    def count(self, plan: Plan, report: StepReport) -> None:
-        self.steps += 1
-        self._tokens += plan.tokens
-        self._skipped += report.found_inf
-
-    @contextmanager
-    def aside(self) -> Iterator[None]:
-        """What happens within is no training, and does not count as its time."""
-        start = time.perf_counter()
-        yield
-        self._since += time.perf_counter() - start
-
-    def settle(self, state: TrainState) -> None:
-        """Moves the count of skipped steps from the device to the state."""
-        state.skipped += int(self._skipped)
-        self._skipped.zero_()
-
-    def row(self, state: TrainState, plan: Plan, report: StepReport, optimizers: Optimizers, batch: Batch) -> Row:
-        """The metrics of the step just done; speeds are means since the last row."""
-        self.settle(state)
-        counts = report.counts
-        row: Row = {
-            "step": state.step,
-            "tokens": state.tokens,
-            "train/loss": float(report.main / counts.main.clamp(min=1)),
-            "train/mtp_loss": float(report.mtp / counts.mtp.clamp(min=1)),
-            "train/balance_loss": float(report.balance / counts.valid.clamp(min=1)),
-            "train/lr": plan.lr,
-            "train/grad_norm": float(report.grad_norm),
-            "train/stage": plan.stage,
-            "train/sequence_length": plan.sequence_length,
-            "train/batch_tokens": plan.tokens,
-            "data/padding": 1 - int(counts.valid) / batch.segments.numel(),
-            "data/epoch": max((piece[1] for pieces in batch.pieces for piece in pieces), default=0),
-            "stability/skipped_steps": state.skipped,
-        }
-        kl, uniform, compared = report.indexer.tolist()
-        if compared:
-            row |= {"indexer/kl": kl / compared, "indexer/kl_uniform": uniform / compared}
-        row |= {name: float(value) for name, value in report.statistics.items()}
-        if row.pop("indexer/recall_tokens", 1) == 0:
-            del row["indexer/recall"]  # rows so short that the indexer takes all there is
-        row |= load_metrics(report.load)
-        row |= {f"optim/update_rms/{g.replace(' ', '_')}": float(v) for g, v in optimizers.update_rms().items()}
-        now = time.perf_counter()
-        row["train/tokens_per_second"] = speed = self._tokens / (now - self._since)
-        if self._peak is not None:
-            flops = training_flops_per_token(
-                self.config.model, plan.sequence_length, plan.attention, plan.mtp_weight > 0
-            )
-            row["train/mfu"] = speed * flops / self._peak
-        self._tokens, self._since = 0, now
-        return row
+def beginning(resumed: Path | None, plan: Plan, state: TrainState, reached: int) -> tuple[str, str]:
+    """Kind and text of the event that a process starts with; ``reached``: the last step that had been logged."""
+    if resumed is None:
+        return "start", describe_stage(plan)
+    repeated = max(0, reached - state.step)
+    again = f"; {repeated} logged steps are done again" if repeated else ""
+    return "resume", f"from {resumed.name}{again}"
 
 
-def load_metrics(load: dict[str, Tensor]) -> Row:
-    """Largest and smallest load of an expert over the mean of its layer (1 = even), and experts without a token."""
-    if not load:
-        return {}
-    counts = torch.stack([count.float() for count in load.values()]).cpu()  # [blocks, E]
-    relative = counts / counts.mean(1, keepdim=True).clamp(min=1e-9)
-    row: Row = {f"moe/load_max/{name}": float(value) for name, value in zip(load, relative.amax(1), strict=True)}
-    row |= {"moe/load_max": float(relative.max()), "moe/load_mean": float(counts.mean())}
-    row |= {"moe/load_min": float(relative.min()), "moe/dead_experts": int((counts == 0).sum())}
-    return row
+def describe_stage(plan: Plan) -> str:
+    return (
+        f"stage {plan.name}: rows of {plan.sequence_length:,} tokens, {plan.tokens:,} tokens a step, "
+        f"attention {plan.attention}"
+    )
+
+
+def settle(meter: Meter, state: TrainState, events: EventLog) -> None:
+    """Brings ``state.skipped`` up to date, and tells if it grew."""
+    if skipped := meter.settle(state):
+        steps = "a step had a gradient that was" if skipped == 1 else f"{skipped} steps had gradients that were"
+        events.write(state.step, "skipped", f"{steps} not finite, here or since the last row; nothing was changed")
 
 
 def introduce(
@@ -465,6 +413,19 @@ def introduce(
         print_("no validation: the data was prepared from a single document")
 
 
+def group_table(optimizers: Optimizers) -> Table:
+    """Which parameters go to which optimizer, to print at start."""
+    table = Table("group", "optimizer", "tensors", "matrices", "parameters", "shapes", title="parameter groups")
+    for row in optimizers.table():
+        shapes = ", ".join("x".join(map(str, shape)) for shape in row.shapes[:3]) + (
+            " ..." if len(row.shapes) > 3 else ""
+        )
+        table.add_row(
+            row.group, row.optimizer, str(row.tensors), str(row.matrices or "-"), f"{row.parameters:,}", shapes
+        )
+    return table
+
+
 def concluded(run: Path, state: TrainState) -> bool:
     """Whether the run ended in peace at this step, and was not killed between its last checkpoint and its summary."""
     try:
@@ -485,17 +446,19 @@ def conclude(
 ) -> None:
     """The end of a run: plot, a sample, what to do next, and last the summary, which says that all was done."""
     print_ = terminal.console.print
-    summary: dict[str, float | int | None] = {"step": state.step, "tokens": state.tokens, "skipped": state.skipped}
-    first: Row = next(iter(read_metrics(run / "metrics.jsonl")), {})
+    rows = read_metrics(run / "metrics.jsonl")
+    code = code_version()
+    summary: dict[str, Any] = {"step": state.step, "tokens": state.tokens, "skipped": state.skipped}
+    summary |= {"parameters": count_parameters(config.model).total} | summarize_rows(rows)
     if final is not None:
         summary |= {"validation/loss": final.loss, "validation/bits_per_byte": final.bits_per_byte}
-        summary["validation/untrained_bits_per_byte"] = first.get("validation/untrained_bits_per_byte")
+        losses = [final.loss, *(row["validation/loss"] for row in rows if "validation/loss" in row)]
+        summary["validation/best_loss"] = min(filter(math.isfinite, losses), default=math.nan)
+        before = rows[0].get("validation/untrained_bits_per_byte") if rows else None
+        summary["validation/untrained_bits_per_byte"] = before
         table = Table("validation", "bits per byte", title=f"{config.name}: {state.tokens:,} tokens trained")
-        if summary["validation/untrained_bits_per_byte"] is not None:
-            table.add_row(
-                f"this model, {'untrained' if config.pretrained is None else 'before'}",
-                f"{summary['validation/untrained_bits_per_byte']:.3f}",
-            )
+        if before is not None:
+            table.add_row(f"this model, {'untrained' if config.pretrained is None else 'before'}", f"{before:.3f}")
         order = config.validation.byte_model_order
         if order is not None:
             reference = Validator(config, data, torch.device("cpu")).byte_model(order)
@@ -503,8 +466,10 @@ def conclude(
             table.add_row(f"order-{order} byte model, fitted on the same text", f"{reference:.3f}")
         table.add_row("this model, trained", f"{final.bits_per_byte:.3f}")
         print_(table)
+    summary = finite(summary) | {"git": code["git"], "git_dirty": code["git_dirty"]}
+    print_(summary_table(summary))
     plot = plot_loss(run)
-    wandb.image("plots/loss", plot)
+    wandb.conclude(summary, plot)
     if config.logging.sample_prompt is not None and (final is None or math.isfinite(final.loss)):
         tokenizer = load_tokenizer(data.tokenizer_path)
         prompt = [
@@ -520,8 +485,9 @@ def conclude(
     print_("try next:")
     print_(f"  openv4 generate checkpoint={run} {question}", markup=False)
     print_(f"  openv4 evaluate checkpoint={run}", markup=False)
+    print_(f"  openv4 report {run}", markup=False)
     if config.lora is None:
         print_(f"  openv4 export checkpoint={run} output={run}/export", markup=False)
     else:
         print_(f"  openv4 merge adapter={run} output={run}/merged", markup=False)
-    write_json(run / "summary.json", finite(summary))
+    write_json(run / "summary.json", summary)

@@ -1,64 +1,153 @@
-"""What a run tells: rows of ``metrics.jsonl``, the terminal, W&B, and the loss plot."""
+"""What a run writes of itself, without torch: the files of its folder, the terminal, the loss plot.
+
+metrics.jsonl      a row per logged step; every name belongs to one of ``GROUPS``
+expert_load.jsonl  the load of every expert, at steps so far apart that the file stays small
+events.jsonl       what happened: start, resume, stages, checkpoints, skipped steps, the end
+
+A run that was interrupted and resumed leaves the same metrics and loads as one that was not, but for what ``varies``.
+"""
 
 import json
 import math
-import os
-import platform
-import secrets
-import subprocess
-import sys
 import time
-from collections.abc import Mapping
-from importlib import metadata
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, Protocol
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ..model.tensor_files import write_json
-from ..optim.groups import Optimizers
+GROUPS = ("train", "validation", "data", "moe", "attn", "mhc", "optim", "stability", "system")
 
 Row = dict[str, float | int]
 
-# Dense bfloat16 tensor-core rates of the makers' data sheets, TFLOP/s.
-_PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0, "L40S": 362.0, "4090": 165.0}
+
+def varies(key: str) -> bool:
+    """Whether a metric tells of time or memory, which differ between two runs of the same training."""
+    return key.startswith("system/") or key in ("train/tokens_per_second", "train/mfu")
 
 
 class MetricsFile:
     """``metrics.jsonl``: one JSON object a logged step. Rows after ``step`` are from a run that was cut off there
-    before its next checkpoint; they are dropped, and written again as the run repeats those steps."""
+    before its next checkpoint; they are dropped, and written again as the run repeats those steps.
+
+    Attributes:
+        reached: the step of the last row that was found, dropped or not; 0 for a new file.
+    """
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
-        kept = [row for row in read_metrics(path) if row["step"] <= step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(finite(row)) + "\n" for row in kept))
-        temporary.rename(path)
+        found = read_metrics(path)
+        self.reached = int(found[-1]["step"]) if found else 0
+        _rewrite(path, [finite(row) for row in found if row["step"] <= step])
 
     def write(self, row: Row) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(finite(row)) + "\n")
+        _append(self.path, finite(row))
+
+
+_LOAD_ROWS = 200
+_LOAD_BYTES = 4_000_000
+
+
+class ExpertLoadFile:
+    """``expert_load.jsonl``: of every block, each expert's share of the tokens over the mean share (1 = even).
+
+    Of every stretch of steps of equal length the first logged one has a row; the stretch is a power of two, doubled as
+    the run gets longer, so that no run exceeds ``_LOAD_ROWS`` rows or about ``_LOAD_BYTES``, however large its model.
+    That a row stays depends on nothing but the steps, hence not on interruptions. Rows after ``step`` are dropped, as
+    in ``MetricsFile``.
+    """
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path, self._stretch = path, 0
+        kept = [row for row in read_lines(path) if row["step"] <= step]
+        _rewrite(path, kept)
+        self._last = int(kept[-1]["step"]) if kept else -1
+
+    def write(self, step: int, load: Mapping[str, Sequence[float]]) -> None:
+        """``load``: by block, relative to its mean."""
+        limit = max(20, min(_LOAD_ROWS, _LOAD_BYTES // (6 * max(1, sum(map(len, load.values()))))))
+        stretch = 1
+        while step > stretch * limit:
+            stretch *= 2
+        if stretch != self._stretch:
+            rows = [next(rows) for _, rows in groupby(read_lines(self.path), lambda row: row["step"] // stretch)]
+            _rewrite(self.path, rows)
+            self._stretch = stretch
+        if self._last < 0 or step // stretch > self._last // stretch:
+            _append(self.path, {"step": step, "load": {name: [round(x, 2) for x in load[name]] for name in load}})
+            self._last = step
+
+
+class Stepping(Protocol):
+    step: int
+
+
+class EventLog:
+    """``events.jsonl``: one JSON object an event, with ``time`` (UTC), ``step``, ``kind`` and ``text``. It is never
+    shortened: what was repeated after an interruption stands there twice."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if path.exists() and not path.read_bytes().endswith(b"\n"):  # killed in the middle of a line
+            with path.open("a") as file:
+                file.write("\n")
+
+    def write(self, step: int, kind: str, text: str) -> None:
+        time = datetime.now(UTC).isoformat(timespec="seconds")
+        _append(self.path, {"time": time, "step": step, "kind": kind, "text": text})
+
+    @contextmanager
+    def closing(self, state: Stepping) -> Iterator[None]:
+        """Tells what ended the block, if it was an exception."""
+        try:
+            yield
+        except BaseException as error:
+            kind = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            reason = " ".join(str(error).split())[:200]
+            self.write(state.step, kind, f"{type(error).__name__}{reason and ': '}{reason}")
+            raise
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines; what was cut off mid-write is left out."""
+    return list(_objects(path.read_text())) if path.exists() else []
+
+
+def _objects(text: str) -> Iterator[dict[str, Any]]:
+    for line in text.splitlines():
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            yield value
 
 
 def read_metrics(path: Path) -> list[Row]:
     """The rows of a ``metrics.jsonl``, null as NaN; a last line that was cut off mid-write is left out."""
-    rows: list[Row] = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                break
-            rows.append({key: math.nan if value is None else value for key, value in row.items()})
-    return rows
+    return [{k: math.nan if v is None else v for k, v in row.items()} for row in read_lines(path)]
 
 
 def finite(row: Mapping[str, float | int | None]) -> dict[str, float | int | None]:
     """The row as JSON can hold it, which knows no NaN and no infinity: null in their place."""
     return {key: value if value is not None and math.isfinite(value) else None for key, value in row.items()}
+
+
+def _append(path: Path, row: Mapping[str, Any]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def _rewrite(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    temporary.rename(path)
 
 
 class Terminal:
@@ -90,9 +179,9 @@ class Terminal:
     def show(self, row: Row) -> None:
         """One logged step."""
         text = f"loss {row['train/loss']:.4f}  {row['train/tokens_per_second']:,.0f} tokens/s"
-        if "indexer/kl" in row:
-            text += f"  indexer KL {row['indexer/kl']:.3f} of {row['indexer/kl_uniform']:.3f}"
-            text += f", recall {row['indexer/recall']:.2f}" if "indexer/recall" in row else ""
+        if "attn/indexer_kl" in row:
+            text += f"  indexer KL {row['attn/indexer_kl']:.3f} of {row['attn/indexer_kl_uniform']:.3f}"
+            text += f", recall {row['attn/indexer_recall']:.2f}" if "attn/indexer_recall" in row else ""
         if "validation/bits_per_byte" in row:
             text += f"  validation {row['validation/bits_per_byte']:.3f} bits per byte"
         self._bar.update(self._task, completed=int(row["step"]), description=text)
@@ -105,70 +194,56 @@ class Terminal:
             self._printed = now
 
 
-class WandbLog:
-    """Weights & Biases, the same run on every resume. What fails there is reported once and never stops training."""
-
-    def __init__(self, mode: str, project: str, name: str, folder: Path, config: Mapping[str, Any]) -> None:
-        self._run: Any = None
-        if mode == "auto":
-            mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
-        if mode == "disabled":
-            return
-        with self._guarded():
-            import wandb
-
-            id_file = folder / "wandb_run_id"
-            if not id_file.exists():
-                id_file.write_text(secrets.token_hex(4))
-            self._run = wandb.init(
-                mode=mode,  # type: ignore[arg-type]
-                project=project,
-                name=name,
-                id=id_file.read_text().strip(),
-                resume="allow" if mode == "online" else None,
-                dir=folder,
-                config=dict(config),
-                settings=wandb.Settings(silent=True, console="off", init_timeout=60),
-            )
-
-    def write(self, row: Row) -> None:
-        if self._run is not None:
-            with self._guarded():
-                self._run.log({k: v for k, v in row.items() if k != "step"}, step=int(row["step"]))
-
-    def image(self, key: str, path: Path) -> None:
-        if self._run is not None:
-            with self._guarded():
-                import wandb
-
-                self._run.log({key: wandb.Image(str(path))})
-
-    def finish(self) -> None:
-        if self._run is not None:
-            with self._guarded():
-                self._run.finish()
-
-    def _guarded(self) -> "_Guard":
-        return _Guard(self)
-
-    def disable(self, error: BaseException) -> None:
-        self._run = None
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        print(f"W&B stopped ({reason}); training goes on without it", file=sys.stderr)
+def summarize_rows(rows: Sequence[Row]) -> Row:
+    """A whole run in a few numbers: the last loss, medians of the speeds, time, memory."""
+    if not rows:
+        return {}
+    summary: Row = {"train/loss": rows[-1]["train/loss"]}
+    for key in ("train/tokens_per_second", "train/mfu"):
+        if found := [row[key] for row in rows if key in row]:
+            summary[key] = median(found)
+    steps = zip(rows, [0, *(row["tokens"] for row in rows)], strict=False)
+    summary["system/train_seconds"] = sum(
+        (row["tokens"] - before) / row["train/tokens_per_second"] for row, before in steps
+    )
+    for key in ("system/peak_memory_gb", "system/peak_gpu_memory_gb"):
+        if found := [row[key] for row in rows if key in row]:
+            summary[key] = max(found)
+    return summary
 
 
-class _Guard:
-    def __init__(self, log: WandbLog) -> None:
-        self._log = log
+def summary_table(summary: Mapping[str, Any]) -> Table:
+    """``summary.json`` to print at the end of a run."""
+    table = Table("run", "", show_header=False, title="summary")
+    for label, key, form in _SUMMARY:
+        if (value := summary.get(key)) is not None:
+            table.add_row(label, form.format(value))
+    if summary.get("system/train_seconds") is not None:
+        table.add_row("training time", duration(summary["system/train_seconds"]))
+    if summary.get("git"):
+        table.add_row("code", f"{summary['git'][:12]}{', changed since' if summary['git_dirty'] else ''}")
+    return table
 
-    def __enter__(self) -> None:
-        return None
 
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
-        if isinstance(error, Exception):  # the one place where anything is caught: a monitor must not stop its subject
-            self._log.disable(error)
-            return True
-        return False
+_SUMMARY = (
+    ("parameters", "parameters", "{:,}"),
+    ("steps", "step", "{:,}"),
+    ("tokens", "tokens", "{:,}"),
+    ("skipped steps", "skipped", "{:,}"),
+    ("last training loss", "train/loss", "{:.4f}"),
+    ("final validation loss", "validation/loss", "{:.4f}"),
+    ("best validation loss", "validation/best_loss", "{:.4f}"),
+    ("tokens/s, median", "train/tokens_per_second", "{:,.0f}"),
+    ("MFU, median", "train/mfu", "{:.1%}"),
+    ("peak memory", "system/peak_memory_gb", "{:.1f} GB"),
+    ("peak GPU memory", "system/peak_gpu_memory_gb", "{:.1f} GB"),
+)
+
+
+def duration(seconds: float) -> str:
+    """``1d 02:03:04``."""
+    days, rest = divmod(round(seconds), 86400)
+    return (f"{days}d " if days else "") + f"{rest // 3600:02}:{rest // 60 % 60:02}:{rest % 60:02}"
 
 
 def plot_loss(run: Path) -> Path:
@@ -199,54 +274,3 @@ def plot_loss(run: Path) -> Path:
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return path
-
-
-def group_table(optimizers: Optimizers) -> Table:
-    """Which parameters go to which optimizer, to print at start."""
-    table = Table("group", "optimizer", "tensors", "matrices", "parameters", "shapes", title="parameter groups")
-    for row in optimizers.table():
-        shapes = ", ".join("x".join(map(str, shape)) for shape in row.shapes[:3]) + (
-            " ..." if len(row.shapes) > 3 else ""
-        )
-        table.add_row(
-            row.group, row.optimizer, str(row.tensors), str(row.matrices or "-"), f"{row.parameters:,}", shapes
-        )
-    return table
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """Peak rate of the device in FLOP/s: from the data sheet of a known GPU, measured on a CPU, else None."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        return next((peak * 1e12 for key, peak in _PEAK_TFLOPS.items() if key in name), None)
-    size = 1024
-    matrix = torch.ones(size, size)
-    best = float("inf")
-    for _ in range(4):
-        start = time.perf_counter()
-        matrix @ matrix
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
-
-
-def write_environment(path: Path) -> None:
-    """``env.json``: what the run ran on and with."""
-    root = Path(__file__).parents[1]
-    git = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    packages = ("openv4", "torch", "numpy", "safetensors", "tokenizers", "hydra-core", "wandb", "deepspeed")
-    versions = {}
-    for package in packages:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    values = {
-        "git": git.stdout.strip() or None,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": versions,
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-    }
-    write_json(path, values)
