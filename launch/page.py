@@ -70,7 +70,7 @@ _ROWS = (
     "tokens",
     "steps",
     "training loss",
-    "best validation loss",
+    "best validation, in training",
     "final validation",
     "tokens/s",
     "MFU",
@@ -97,7 +97,7 @@ def _cell(record: Record, label: str, now: float) -> str:
             return "" if last is None else f"{last:,.0f}"
         case "training loss":
             return _number(record.last("train/loss"), ".4f")
-        case "best validation loss":
+        case "best validation, in training":
             found = [record.column("validation/loss").tolist(), [record.summary.get("validation/loss")]]
             values = [v for part in found for v in part if isinstance(v, int | float) and math.isfinite(v)]
             return _number(min(values, default=None), ".4f")

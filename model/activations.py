@@ -23,7 +23,6 @@ PORTIONS: dict[str, dict[Device, int]] = {
     "moe": {"cpu": 2**22, "gpu": 2**26},
 }
 TILE = 16  # rows of an expert come in whole tiles
-RECALL_SAMPLES = 512  # tokens of a row on which the indexer's recall is measured
 
 MIXING, ATTENTION, EXPERTS, CHOICES = "streams and mixing", "attention", "router and experts", "discrete choices"
 
@@ -59,8 +58,8 @@ class Work:
         experts: routed experts on a GPU.
         width: bytes of a number in the compute dtype.
         casts: bytes of a weight's copy in the compute dtype, per element; 0 if it is held in that dtype.
+        wide_casts: the same of weights that compute in float32 always.
         dequantized: whether frozen weights are held in FP8 and FP4, and unpacked where they are used.
-        trained: whether the weights themselves learn; False under LoRA.
     """
 
     config: ModelConfig
@@ -73,8 +72,8 @@ class Work:
     device: Device = "cpu"
     context: int = 1
     casts: int = 0
+    wide_casts: int = 0
     dequantized: bool = False
-    trained: bool = True
     lora: LoRAConfig | None = None
 
     @property
@@ -167,6 +166,11 @@ class Work:
         sites = sum(numbers.get(target, 1) for target in targets if target in self.lora.parts)
         return self.width * self.tokens * self.lora.rank * sites
 
+    def _products(self, **sizes: float) -> float:
+        """Bytes of the products of linear maps, by target: an adapter makes one more of the size, and a low one."""
+        parts = self.lora.parts if self.lora is not None else ()
+        return sum(size * (2 if target in parts else 1) for target, size in sizes.items()) + self._low(*sizes)
+
     def _queries(self) -> Stage:
         """Queries and window keys, up to the rotation."""
         c, t, w = self.config, self.tokens, self.width
@@ -185,7 +189,7 @@ class Work:
             backward=max((18 if w < 4 else 8) * t * heads, w * t * heads + 2 * rotated * c.num_attention_heads)
             + 3 * w * t * c.head_dim
             + unpacked,
-            products=w * t * (low + heads + c.head_dim),
+            products=self._products(wq_a=w * t * low, wq_b=w * t * heads, wkv=w * t * c.head_dim),
             parts=("attention",),
         )
 
@@ -198,7 +202,8 @@ class Work:
         t, entries = self.tokens, self._entries(ratio)
         slots = 4 * entries * ratio * dim * (2 if overlap else 1)  # kv or gate of all entries
         inputs = 4 * t * dim * (2 if overlap else 1)  # kv or gate of all tokens
-        kept = self.wide(self.hidden) + 2 * slots + 8 * entries * ratio + (4 + self.width) * entries * dim
+        matrices = self.wide_casts * 2 * self.config.hidden_size * dim * (2 if overlap else 1)
+        kept = self.wide(self.hidden) + matrices + 2 * slots + 8 * entries * ratio + (4 + self.width) * entries * dim
         forward = 2 * inputs + (4 if overlap else 2) * slots
         return kept, forward, (4 if overlap else 3) * slots, 2 * inputs
 
@@ -207,6 +212,7 @@ class Work:
         if self.context > 1:  # every GPU gathers the entries of the whole row
             kept += self.width * self._entries(ratio) * (self.context - 1) * self.config.head_dim
         kept += self._low("compressor")
+        products = self._products(compressor=products)
         return Stage(ATTENTION, kept, forward, backward, products, parts=("compressor",))
 
     def _index_inputs(self, ratio: int) -> float:
@@ -229,7 +235,7 @@ class Work:
         scores = 4 * min(self.portion("indexer"), t * in_row)
         tile = 4 * min(self.portion("indexer"), t * in_row * c.index_n_heads)
         work = max(inputs + 3 * scores + tile if sparse else 0, queries + inputs + rotation, pool_forward)
-        products = queries + self.width * t * c.index_n_heads + pool_products
+        products = self._products(indexer=queries + self.width * t * c.index_n_heads + pool_products)
         if not learns:
             return Stage(ATTENTION, chosen, work, 0.0, products, chosen)
         heads = max(c.index_n_heads, c.num_attention_heads)
@@ -290,17 +296,22 @@ class Work:
             + self._low("wo_a", "wo_b"),
             forward=w * t * low + turned,
             backward=w * t * heads + max(2 * w * t * low, turned) + unpacked,
-            products=w * self.hidden,
+            products=self._products(wo_a=0.0, wo_b=w * self.hidden),
         )
 
     def _router(self, hash_routed: bool) -> Stage:
         c, t, e = self.config, self.tokens, self.config.n_routed_experts
         scores = 17 * t * e  # float32 of four steps, and a mask
         balance = 0 if hash_routed else 8 * t * e
-        order = 0 if hash_routed else 8 * t * e  # the best experts are a view of all of them, sorted
+        order = 0 if hash_routed else 8 * t * c.num_experts_per_tok
         return Stage(
             EXPERTS,
-            kept=self.wide(self.hidden) + scores + balance + order + t * (16 * c.num_experts_per_tok + 8),
+            kept=self.wide(self.hidden)
+            + self.wide_casts * e * c.hidden_size
+            + scores
+            + balance
+            + order
+            + t * (16 * c.num_experts_per_tok + 8),
             forward=12 * t * e,
             backward=16 * t * e + 4 * self.hidden,
             products=4 * t * e,
@@ -320,7 +331,7 @@ class Work:
         rows = copies + filled * ((TILE - 1) if self.device == "gpu" else (TILE - 1) / 2)
         act, full = rows * inner, rows * hidden
         weights = 3 * self.experts * hidden * inner
-        padded = 4 * weights if self.trained and (hidden, inner) != (c.hidden_size, c.moe_intermediate_size) else 0
+        padded = 4 * weights if self.lora is None and (hidden, inner) != (c.hidden_size, c.moe_intermediate_size) else 0
         x = w * t * hidden if hidden != c.hidden_size else 0
         factors = 0.0
         if self.lora is not None and "experts" in self.lora.parts:  # scaled, cast and padded copies
@@ -329,15 +340,16 @@ class Work:
         unpacked = self._unpacked(hidden * inner)
         narrow = w < 4
         graph = (28 + w if narrow else 20) * act  # clamps, silu and products, for the gradient of the activation
-        first = w * full + graph + w * act + (16 if narrow else 8) * act
-        second = 3 * w * full + 2 * w * act
+        copy = weights / 3 * (w if self.casts else 0)  # of the matrix at hand, in the compute dtype
+        dense = copy + unpacked
+        first = w * full + graph + w * act + max((16 if narrow else 8) * act, dense)
+        second = 3 * w * full + 2 * w * act + dense
         gather = (w + 4 if narrow else w) * full + 2 * w * act + (4 + w if narrow else 4) * self.hidden
-        copy = weights / 3 * (w if narrow and self.casts else 0)  # of the matrix at hand, in the compute dtype
         return Stage(
             EXPERTS,
             kept=2 * w * act + 8 * rows + 12 * copies + padded + x + factors + w * self.hidden,
-            forward=max(16 * act + self.wide(2 * act), 2 * w * full + 4 * self.hidden) + copy + unpacked + exchange,
-            backward=max(first, second, gather) + 4 * self.hidden + copy + unpacked + exchange,
+            forward=max(16 * act, 2 * w * full + 4 * self.hidden) + dense + exchange,
+            backward=max(first, second, gather) + 4 * self.hidden + exchange,
             products=2 * w * act + w * full,
             parts=("routed experts",),
         )
@@ -347,7 +359,7 @@ class Work:
         if not self.dequantized:
             return 0.0
         many = min(self.experts, max(1, self.portion("moe") // matrix))
-        return many * matrix * (2 * self.width + 2)
+        return 2.0 * self.width * many * matrix
 
     def _shared(self) -> Stage:
         c, t, w = self.config, self.tokens, self.width
@@ -358,6 +370,6 @@ class Work:
             kept=(22 if w < 4 else 24) * inner + casts + self._low("shared_experts"),
             forward=4 * inner + 8 * self.hidden,
             backward=12 * inner + (4 + 2 * w) * self.hidden + unpacked,
-            products=w * (2 * inner + self.hidden),
+            products=self._products(shared_experts=w * (2 * inner + self.hidden)),
             parts=("shared expert",),
         )

@@ -12,7 +12,6 @@ from math import ceil
 from os import cpu_count
 from typing import Literal
 
-from ..optim.config import OptimConfig
 from .accounting import optimizer_bytes, tensor_bytes
 from .activations import ATTENTION, CHOICES, MIXING, Device, Stage, Work
 from .config import AttentionMode, LoRAConfig, ModelConfig, Recompute
@@ -25,8 +24,12 @@ Compute = Literal["fp32", "bf16", "fp8", "fp4_qat"]
 RUNTIME_BYTES = 6e9
 # Resident memory of `openv4 train` on a CPU before there is a model: Python, torch, the other libraries; measured.
 PROCESS_BYTES = 425e6
-# What glibc's heap keeps of freed memory where blocks are replayed, over what a block keeps: measured, 1 to 2.5.
-REPLAYED = 1.8
+# What oneDNN compiles for products in bfloat16 on a CPU, from so many tokens on: measured in short runs, 320 to 400 MB;
+# it grows slowly with the number of steps, as experts get other numbers of tokens.
+BF16_CPU_BYTES, BF16_CPU_TOKENS = 330e6, 1024
+# What glibc's heap keeps of freed memory where blocks are replayed, over what such a block makes: measured,
+# 0.9 to 3.4. MALLOC_MMAP_THRESHOLD_=1048576 in the environment makes it none.
+REPLAYED = 1.4
 
 # Elements of the stacks in which Muon updates matrices: of all, and on a CPU of each thread.
 STACK_ELEMENTS, CPU_STACK_ELEMENTS = 2**26, 2**17
@@ -84,7 +87,7 @@ def training_memory(
     attention: AttentionMode = "sparse",
     compute: Compute = "bf16",
     recompute: Recompute = "none",
-    optim: OptimConfig | None = None,
+    matrices: Literal["muon", "adamw"] = "muon",
     mtp: bool = True,
     indexer: bool = False,
     micro_batches: int = 1,
@@ -97,13 +100,15 @@ def training_memory(
     """Memory of a GPU, or of the process on a CPU, at the fullest moment of a step after the first; items add up to it.
 
     One process: weights, gradients and optimizer state in float32, weights cast to bfloat16 where they are used; frozen
-    ones under LoRA as ``base`` says. Many GPUs (planned): the same for what is not a routed expert on each of them, the
-    routed experts over ``layout.expert``; optimizer state with the owner of each matrix, out of all GPUs for dense ones
-    and out of those that hold the same experts for routed ones.
+    ones under LoRA as ``base`` says. Many GPUs (planned): weights in the dtype of ``compute`` and float32 gradients, of
+    what is not a routed expert on each of them, of routed experts over ``layout.expert``; float32 weights and optimizer
+    state with the owner of each matrix, out of all GPUs for dense ones and out of those that hold the same experts.
 
     Args:
-        rows, length: of one forward and backward pass; rows of ``length`` tokens, shared by ``layout.context`` GPUs.
+        length: tokens of a row, which ``layout.context`` GPUs share.
+        rows: of one forward and backward pass.
         compute: fp8 and fp4_qat are planned to keep what bf16 keeps.
+        matrices: the optimizer of matrices, as in ``OptimConfig``.
         mtp: the MTP block is trained; its weights are there either way, if the config has it.
         indexer: the indexers' loss is computed; in an indexer warm-up it always is.
         micro_batches: with more than one, gradients are there while the next pass runs.
@@ -113,7 +118,7 @@ def training_memory(
     Raises:
         ValueError: the layout does not fit model or rows.
     """
-    layout, optim = layout or Layout(), optim or OptimConfig()
+    layout = layout or Layout()
     if config.n_routed_experts % layout.expert:
         raise ValueError(f"expert={layout.expert} does not divide the {config.n_routed_experts} routed experts")
     if length % layout.context:
@@ -121,6 +126,10 @@ def training_memory(
     if attention == "indexer_warmup" or "csa" not in config.kinds:
         mtp, indexer = mtp and attention != "indexer_warmup", attention == "indexer_warmup"
     width = 4 if compute == "fp32" else 2
+    held: Format = "bf16" if width < 4 and layout.gpus > 1 else "fp32"
+    if lora is not None:
+        held = release if base == "released" else base
+    own = {"fp32": 4, "bf16": 2}.get(held)  # bytes of a number in the dtype of linear maps; None: quantised
     work = Work(
         config=config,
         rows=rows,
@@ -131,22 +140,27 @@ def training_memory(
         width=width,
         device=device,
         context=layout.context,
-        casts=2 if width == 2 and (lora is None or base == "fp32") else 0,
-        dequantized=lora is not None and base == "released",
+        casts=width if own not in (None, width) else 0,
+        wide_casts=4 if held != "fp32" else 0,
+        dequantized=own is None,
         lora=lora,
     )
-    held: Format = "fp32" if lora is None else release if base == "released" else base
-    step = _Step(work, layout, optim, recompute, mtp and config.num_nextn_predict_layers > 0, micro_batches, held)
+    step = _Step(work, layout, matrices, recompute, mtp and config.num_nextn_predict_layers > 0, micro_batches, held)
     step.hold_weights()
     step.run(threads or cpu_count() or 1)
-    runtime, why = RUNTIME_BYTES, "CUDA, NCCL, DeepSpeed's buffers, fragmentation: an allowance"
-    if device == "cpu":
-        runtime, why = PROCESS_BYTES, "Python, torch, libraries, data: measured"
     items = [MemoryItem(name, size, step.how(name)) for name, size in step.tally.fullest.items() if size > 0.5]
-        if recompute != "none":  # heaps keep what the replays of blocks left between what lives longer
-            replayed = max(sum(stage.kept for stage in stages) for _, stages in step.blocks)
-            items.append(MemoryItem("freed, not returned", REPLAYED * replayed, f"{REPLAYED} x a replayed block: measured"))
-    return [*items, MemoryItem("process", runtime, why)]
+    if device == "gpu":
+        why = "CUDA, NCCL, DeepSpeed's buffers, fragmentation: an allowance"
+        return [*items, MemoryItem("process", RUNTIME_BYTES, why)]
+    if width < 4:
+        compiled = BF16_CPU_BYTES * min(1.0, work.tokens / BF16_CPU_TOKENS)
+        items.append(MemoryItem("compiled products", compiled, "oneDNN's, bfloat16: measured"))
+    if recompute != "none" and attention != "indexer_warmup":
+        replayed = max(sum(stage.kept for stage in stages) for _, stages in step.blocks)
+        items.append(
+            MemoryItem("freed, not returned", REPLAYED * replayed, f"{REPLAYED:g} x a replayed block: measured")
+        )
+    return [*items, MemoryItem("process", PROCESS_BYTES, "Python, torch, other libraries, data: measured")]
 
 
 class _Tally:
@@ -178,13 +192,13 @@ class _Step:
         self,
         work: Work,
         layout: Layout,
-        optim: OptimConfig,
+        matrices: Literal["muon", "adamw"],
         recompute: Recompute,
         mtp: bool,
         micro_batches: int,
         held: Format,
     ) -> None:
-        self.work, self.layout, self.optim, self.recompute = work, layout, optim, recompute
+        self.work, self.layout, self.matrices, self.recompute = work, layout, matrices, recompute
         self.mtp, self.held, self.config = mtp, held, work.config
         self.tally = _Tally()
         self.warmup = work.attention == "indexer_warmup"
@@ -238,7 +252,8 @@ class _Step:
             if w.lora:  # a few adapters are on every GPU with their moments
                 tally.hold("optimizer state", self._here(s, 8.0 * s.numel))
             else:  # over all GPUs, or over those that hold the same experts
-                tally.hold("optimizer state", optimizer_bytes(s, self.optim.matrices) / self.layout.gpus)
+                own = optimizer_bytes(s, self.matrices) + (4 * s.numel if self.held == "bf16" else 0)
+                tally.hold("optimizer state", own / self.layout.gpus)
         if self.accumulates:
             tally.hold(GRADIENTS, sum(self.gradients.values()))
         ratios = set(c.compress_ratios) - {0}
@@ -282,7 +297,9 @@ class _Step:
         for _ in range(1 + self.mtp):
             tally.hold(INPUTS, self.streams)  # the output of the last block
             tally.hold(HEAD, self.head + self._table)
-            tally.make(HEAD, self._logits() + w.wide(w.hidden))
+            # The loss computes in float32; a head that is held in another dtype is copied.
+            copy = 0.0 if self.held == "fp32" else 4.0 * c.vocab_size * c.hidden_size
+            tally.make(HEAD, self._logits() + w.wide(w.hidden) + copy)
         tally.free(HEAD, reports * len(self.blocks))
 
     @property
@@ -364,7 +381,7 @@ class _Step:
     def _update(self, threads: int) -> float:
         """Of the optimizers' step: Muon's largest stack with its momentum, products and new weights."""
         w = self.work
-        if w.lora or self.optim.matrices != "muon":
+        if w.lora or self.matrices != "muon":
             return 0.0
         stacks: dict[tuple[int, int], float] = {}
         for s in self.learning:
@@ -405,8 +422,10 @@ class _Step:
             "other weights": f"{self.held}" + (", on every GPU" if many else ""),
             "adapters": "float32",
             "optimizer state": "AdamW: two moments, float32"
-            if w.lora or self.optim.matrices == "adamw"
-            else "float32: Muon's momentum, AdamW's two moments" + (", each with one owner (planned)" if many else ""),
+            if w.lora or self.matrices == "adamw"
+            else "float32: Muon's momentum, AdamW's two moments"
+            + (", weights" if self.held == "bf16" else "")
+            + (", each with one owner (planned)" if many else ""),
             GRADIENTS: "float32, of the weights so far and of the streams",
             "batch": f"{w.tokens:,} tokens, their documents and rotations",
             INPUTS: f"T S D x {w.width} ({compute}) for each block whose backward pass is to come",

@@ -16,10 +16,9 @@ import release_fixture as oracle
 from cli_cases import Run, spoil
 from finetune_cases import write_base
 
-from openv4.launch.plan import PlanConfig
-from openv4.model.config import LoRAConfig, ModelConfig
-from openv4.model.memory import lora_memory
-from openv4.train.config import load, load_config
+from openv4.model.config import LoRAConfig, ModelConfig, without_mtp
+from openv4.model.memory import Layout, training_memory
+from openv4.train.config import load_config
 
 pytestmark = pytest.mark.usefixtures("one_thread", "elsewhere")
 
@@ -186,21 +185,6 @@ def flash_config() -> ModelConfig:
     return load_config(["model=v4_flash"]).model
 
 
-def test_the_plan_of_flash(openv4: Run) -> None:
-    """It fits eight GPUs of 80 GB at 16,384 tokens as released, not in bfloat16; the lines add up."""
-    result = openv4("plan", "model=v4_flash", "gpus=8", "row_tokens=16384")
-    assert (result.code, result.err) == (0, "")
-    rows = plan_rows(result.out)
-    assert len(rows) > 8
-    whole = rows.pop("all")
-    assert sum(rows.values()) == pytest.approx(whole, abs=0.005 * (len(rows) + 1))
-    assert whole < 80 and f"fits: {80 - whole:.1f} GB to spare" in result.out
-    dense = openv4("plan", "base=bf16")
-    assert "does not fit" in dense.out and plan_rows(dense.out)["all"] > 80
-    assert "does not fit" in openv4("plan", "gpu_gb=70").out
-    assert openv4("plan").out == result.out, "the defaults are this question"
-
-
 def test_weights_of_the_plan_are_those_of_the_files(flash_config: ModelConfig, openv4: Run, tmp_path: Path) -> None:
     """Experts over the GPUs and the rest on each of them, without the MTP block; adapters counted by hand."""
     experts = others = 0
@@ -224,55 +208,22 @@ def test_weights_of_the_plan_are_those_of_the_files(flash_config: ModelConfig, o
         *[(c.hidden_size, c.moe_intermediate_size)] * 3,
     ]
     adapters = c.num_hidden_layers * rank * sum(a + b for a, b in pairs)
+    main = without_mtp(c)
+
+    def items(gpus: int, lora: LoRAConfig, base: Any = "released") -> dict[str, float]:
+        layout = Layout(gpus, gpus)
+        found = training_memory(main, layout, length=16384, recompute="full", mtp=False, lora=lora, base=base)
+        return {item.name: item.bytes for item in found}
+
     for gpus in (1, 8):
-        items = {item.name: item for item in lora_memory(c, LoRAConfig(), "released", gpus, 16384)}
-        assert items["routed experts"].bytes == experts / gpus
-        assert items["other weights"].bytes == others
-        assert items["adapters"].bytes == 16 * adapters
+        found = items(gpus, LoRAConfig())
+        assert found["routed experts"] == experts / gpus
+        assert found["other weights"] == others
+        assert found["adapters"] == 4 * adapters and found["optimizer state"] == 8 * adapters
     # With adapters on every expert, those are spread like the experts.
     every = c.num_hidden_layers * c.n_routed_experts * rank
     every *= (c.hidden_size + 2 * c.moe_intermediate_size) + (c.moe_intermediate_size + c.hidden_size)
-    wide = {i.name: i for i in lora_memory(c, LoRAConfig(targets=("experts",)), "released", 8, 16384)}
-    assert wide["adapters"].bytes == 16 * every / 8
-    bf16 = {item.name: item for item in lora_memory(c, LoRAConfig(), "bf16", 8, 16384)}
-    assert bf16["routed experts"].bytes == experts / 8 * 2 / (1 / 2 + 1 / 32)
-    assert bf16["weights being dequantised"].bytes == 0
-    fp32 = {item.name: item for item in lora_memory(c, LoRAConfig(), "fp32", 8, 16384)}
-    assert fp32["routed experts"].bytes == 2 * bf16["routed experts"].bytes
-
-
-def test_the_plan_grows_with_what_is_asked() -> None:
-    config = load_config(["model=tiny"]).model
-
-    def needs(gpus: int = 8, tokens: int = 16384, **lora: Any) -> float:
-        return sum(item.bytes for item in lora_memory(config, LoRAConfig(**lora), "released", gpus, tokens))
-
-    assert needs(tokens=8192) < needs() < needs(tokens=32768)
-    assert needs(gpus=16) < needs() < needs(gpus=4)
-    assert needs(rank=8) < needs() < needs(targets=("attention", "shared_experts", "experts"))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["gpus=0"], "gpus=0 must be positive"),
-        (["gpus=-8"], "gpus=-8 must be positive"),
-        (["gpus=3"], "gpus=3 does not divide the 256 routed experts"),
-        (["gpus=2.5"], "gpus=2.5 must be a whole number"),
-        (["gpu_gb=0"], "gpu_gb=0.0 must be positive"),
-        (["gpu_gb=nan"], "gpu_gb=nan must be positive"),
-        (["row_tokens=0"], "row_tokens=0 must be positive"),
-        (["base=fp8"], "base='fp8'; choose from fp32, bf16, released"),
-        (["model=v4_flahs"], "model=v4_flahs: no such preset; did you mean v4_flash?"),
-        (["lora.rank=0"], "lora.rank = 0: choose a whole number"),
-        (["lora.targets=[experts,attn]"], "lora.targets = ['experts', 'attn']: choose from"),
-        (["gpsu=8"], "gpsu: unknown key; did you mean gpus?"),
-    ],
-)
-def test_plans_that_make_no_sense(arguments: list[str], message: str, refused: Callable[..., str]) -> None:
-    assert refused("plan", *arguments).startswith(message)
-
-
-def test_a_plan_of_another_model(openv4: Run) -> None:
-    assert "fits: " in openv4("plan", "model=nano", "gpus=1", "gpu_gb=24", "row_tokens=4096").out
-    assert load("plan", PlanConfig, ["model=v4_pro"]).model.hidden_size == 7168
+    assert items(8, LoRAConfig(targets=("experts",)))["adapters"] == 4 * every / 8
+    bf16 = items(8, LoRAConfig(), "bf16")
+    assert bf16["routed experts"] == experts / 8 * 2 / (1 / 2 + 1 / 32)
+    assert items(8, LoRAConfig(), "fp32")["routed experts"] == 2 * bf16["routed experts"]

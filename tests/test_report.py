@@ -198,7 +198,7 @@ def test_what_the_page_says_of_a_run(real: Path, browser: webdriver.Chrome, tmp_
     )
     summary = json.loads((real / "summary.json").read_text())
     assert facts["state"] == "complete 8 steps" and facts["steps"] == "8" and facts["tokens"] == "1,664"
-    assert facts["best validation loss"] == f"{summary['validation/best_loss']:.4f}"
+    assert facts["best validation, in training"] == f"{summary['validation/best_loss']:.4f}"
     assert facts["stages"] == "short, long"
     events = ask(browser, "[...document.querySelectorAll('#events tbody tr')].map(r => r.children[2].textContent)")
     assert events == ["start", "interrupted", "resume", "stage", "checkpoint", "end"]

@@ -232,7 +232,7 @@ _SUMMARY = (
     ("skipped steps", "skipped", "{:,}"),
     ("last training loss", "train/loss", "{:.4f}"),
     ("final validation loss", "validation/loss", "{:.4f}"),
-    ("best validation loss", "validation/best_loss", "{:.4f}"),
+    ("best validation, in training", "validation/best_loss", "{:.4f}"),
     ("tokens/s, median", "train/tokens_per_second", "{:,.0f}"),
     ("MFU, median", "train/mfu", "{:.1%}"),
     ("peak memory", "system/peak_memory_gb", "{:.1f} GB"),

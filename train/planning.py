@@ -181,7 +181,7 @@ def stage_memory(run: TrainConfig, stage: Stage, cluster: Cluster, placement: Pl
         attention=stage.attention,
         compute=cluster.compute,
         recompute=placement.recompute,
-        optim=run.optim,
+        matrices=run.optim.matrices,
         mtp=stage.mtp_weight > 0 and stage.attention != "indexer_warmup",
         indexer=stage.indexer_weight > 0 and stage.attention == "sparse",
         micro_batches=min(2, math.ceil(rows_per_step(stage) / (placement.replicas * placement.rows))),
@@ -394,6 +394,14 @@ def _leanness(p: Placement) -> tuple[int, int, int, int]:
     return RECOMPUTE.index(p.recompute), p.layout.expert, p.layout.context, -p.rows
 
 
+def _leanest(run: TrainConfig, stage: Stage, gpus: int) -> Placement | None:
+    """The placement that spreads most and keeps least, if so many GPUs have one at all."""
+    expert = _powers(math.gcd(gpus, run.model.n_routed_experts))[-1]
+    spread = (Layout(gpus, expert, context) for context in reversed(_powers(math.gcd(gpus, stage.sequence_length))))
+    found = (Placement(layout, 1, "full") for layout in spread)
+    return next((placement for placement in found if why_impossible(run, stage, placement) is None), None)
+
+
 def nearest(run: TrainConfig, stage: Stage, steps: int, cluster: Cluster, wanted: Placement) -> StagePlan:
     """The placement that fits and differs least from ``wanted``: here, else on twice the GPUs, and so on.
 
@@ -408,16 +416,16 @@ def nearest(run: TrainConfig, stage: Stage, steps: int, cluster: Cluster, wanted
             + abs(math.log2(p.rows / wanted.rows))
         )
 
-    leanest = wanted
-    for doublings in range(MOST_DOUBLINGS + 1):
-        larger = replace(cluster, gpus=cluster.gpus * 2**doublings)
-        fits = Fitting(run, stage, larger)
-        possible = list(placements(run, stage, larger.gpus))
-        leanest = max(possible, key=_leanness, default=leanest)
-        if possible and fits(leanest):  # otherwise nothing does
-            found = next(placement for placement in sorted(possible, key=distance) if fits(placement))
-            return plan_stage(run, stage, steps, larger, found)
-    return plan_stage(run, stage, steps, replace(cluster, gpus=leanest.layout.gpus), leanest)
+    sizes = [replace(cluster, gpus=cluster.gpus * 2**doublings) for doublings in range(MOST_DOUBLINGS + 1)]
+    leanest = {size: placement for size in sizes if (placement := _leanest(run, stage, size.gpus)) is not None}
+    largest = max(leanest, key=lambda size: size.gpus, default=cluster)
+    leanest.setdefault(largest, wanted)
+    if not Fitting(run, stage, largest)(leanest[largest]):  # then nothing does
+        return plan_stage(run, stage, steps, largest, leanest[largest])
+    fitting = ((size, Fitting(run, stage, size)) for size in leanest)
+    larger, fits = next((size, fits) for size, fits in fitting if fits(leanest[size]))
+    possible = sorted(placements(run, stage, larger.gpus), key=distance)
+    return plan_stage(run, stage, steps, larger, next(placement for placement in possible if fits(placement)))
 
 
 @dataclass(frozen=True)
