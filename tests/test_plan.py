@@ -55,7 +55,8 @@ def test_the_largest_model_is_planned_in_two_seconds_without_torch(arguments: li
     """Processor time, so that a busy machine fails nothing; memory of the whole process."""
     code = (
         "import re, sys, time; from openv4.launch.cli import main; main(); "
-        "resident = re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]; "  # a parent's is not inherited
+        # Unlike the system's ru_maxrss, this is not inherited from the process that started it.
+        "resident = re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]; "
         "print(time.process_time(), int(resident) / 1024, 'torch' in sys.modules, 'numpy' in sys.modules)"
     )
     command = [sys.executable, "-P", "-c", code, "plan", *arguments]
