@@ -141,6 +141,10 @@ def run(config: PlanConfig) -> None:
     _print_time(console, plan)
     for name, found in proposals.items():
         _print_proposals(console, name, found, cluster)
+    if proposals and all(proposals.values()):
+        fastest = [found[0] for found in proposals.values()]
+        days, hours = sum(p.seconds for p in fastest) / 86400, sum(p.gpu_hours for p in fastest)
+        console.print(f"the fastest placement of each stage: {days:,.4g} days, {amount(hours)} GPU-hours")
     _print_verdict(console, config, plan)
     if config.html:
         console.print(f"page: {config.html}")
@@ -222,7 +226,7 @@ def _print_proposals(console: Console, name: str, found: list[StagePlan], cluste
 
 def _print_verdict(console: Console, config: PlanConfig, plan: RunPlan) -> None:
     days, hours = plan.seconds / 86400, plan.gpu_hours
-    console.print(f"in all: {amount(plan.tokens)} tokens, {days:,.4g} days, {amount(hours)} GPU-hours")
+    console.print(f"as asked: {amount(plan.tokens)} tokens, {days:,.4g} days, {amount(hours)} GPU-hours")
     if config.epochs is None and config.data_tokens is None and config.pretrained:
         console.print("its length depends on the data: give data_tokens=<number>")
     if plan.fits:
