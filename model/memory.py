@@ -6,7 +6,6 @@ compared with measurements (``tests/test_memory_plan.py``). Measured are one pro
 recomputations; everything about more than one GPU is the plan that ``docs/design.md`` describes, and has run nowhere.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from math import ceil
 from os import cpu_count
@@ -15,7 +14,7 @@ from typing import Literal
 from .accounting import optimizer_bytes, tensor_bytes
 from .activations import ATTENTION, CHOICES, MIXING, Device, Stage, Work
 from .config import AttentionMode, LoRAConfig, ModelConfig, Recompute
-from .shapes import Format, Part, Shape, adapter_shapes, tensor_shapes
+from .shapes import Format, Part, Shape, adapter_shapes, logical_rows, tensor_shapes
 
 Compute = Literal["fp32", "bf16", "fp8", "fp4_qat"]
 
@@ -386,7 +385,7 @@ class _Step:
         stacks: dict[tuple[int, int], float] = {}
         for s in self.learning:
             if s.matrix:
-                for rows in self._cuts(s):
+                for rows in logical_rows(s, self.config):
                     n, m = sorted((rows, s.shape[-1]))
                     stacks[n, m] = stacks.get((n, m), 0.0) + s.copies / self.layout.gpus
         most = 0.0
@@ -396,16 +395,6 @@ class _Step:
                 limit = min(limit, threads * max(1, CPU_STACK_ELEMENTS // (n * m)))
             most = max(most, 4.0 * min(ceil(count), max(1, limit)) * (5 * n * m + 3 * n * n))
         return most
-
-    def _cuts(self, s: Shape) -> Iterable[int]:
-        """Rows of the logical matrices that a parameter stacks (``Transformer.row_splits``)."""
-        c, rows = self.config, s.shape[-2]
-        if s.name.endswith(("hc_attn_fn", "hc_ffn_fn")):
-            return c.hc_mult, c.hc_mult, c.hc_mult**2
-        if s.name.endswith("attn.wo_a.weight"):
-            return (rows // c.o_groups,) * c.o_groups
-        overlap = rows == 2 * (c.index_head_dim if ".indexer." in s.name else c.head_dim)
-        return (rows // 2,) * 2 if ".compressor.w" in s.name and overlap else (rows,)
 
     def how(self, name: str) -> str:
         """The calculation of an item, in words."""

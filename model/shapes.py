@@ -121,6 +121,18 @@ def tensor_shapes(config: ModelConfig, mtp: bool = True) -> tuple[Shape, ...]:
     return tuple(shapes)
 
 
+def logical_rows(s: Shape, config: ModelConfig) -> tuple[int, ...]:
+    """Rows of the logically independent matrices that a matrix stacks, as ``Transformer.row_splits`` (recipe 5)."""
+    rows = s.shape[0]
+    if s.name.endswith(("hc_attn_fn", "hc_ffn_fn")):
+        return config.hc_mult, config.hc_mult, config.hc_mult**2
+    if s.name.endswith("attn.wo_a.weight"):
+        return (rows // config.o_groups,) * config.o_groups
+    if ".compressor.w" in s.name and rows == 2 * (config.index_head_dim if ".indexer." in s.name else config.head_dim):
+        return rows // 2, rows // 2
+    return (rows,)
+
+
 # What LoRA can adapt in a main layer: target -> the linear maps whose names have these ends (``model.lora``).
 _ADAPTED = {
     **{name: (f"attn.{name}",) for name in ("wq_a", "wq_b", "wkv", "wo_a", "wo_b")},

@@ -11,7 +11,7 @@ from openv4.model import ModelConfig, Transformer
 from openv4.model.config import LORA_TARGETS, LoRAConfig
 from openv4.model.lora import adapter_shapes as built_adapter_shapes
 from openv4.model.released import released_tensors
-from openv4.model.shapes import PARTS, adapter_shapes, tensor_shapes
+from openv4.model.shapes import PARTS, adapter_shapes, logical_rows, tensor_shapes
 from openv4.optim.groups import group_of
 from openv4.train.config import load_config
 
@@ -108,9 +108,19 @@ def test_the_largest_model_is_few_entries_and_no_torch() -> None:
     config = preset("v4_pro")
     assert len(tensor_shapes(config)) < 3000
     code = (
-        "import sys\nfrom openv4.model.config import ModelConfig\nfrom openv4.model.shapes import tensor_shapes\n"
+        "import sys\nfrom openv4.model.config import ModelConfig\nfrom openv4.model.shapes import logical_rows, tensor_shapes\n"
         f"config = ModelConfig(**{ {k: v for k, v in vars(config).items() if k != 'rope_scaling'}!r})\n"
         "print(sum(s.numel for s in tensor_shapes(config) if s.trained), *({'torch', 'numpy'} & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.split() == ["1598837325086"]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_logical_matrices_are_those_that_muon_is_told(seed: int) -> None:
+    config = random_config(seed)
+    with torch.device("meta"):
+        splits = Transformer(config).row_splits()
+    for s in tensor_shapes(config):
+        if s.matrix:
+            assert splits.get(s.parameter, s.shape[:1]) == logical_rows(s, config), s.name

@@ -15,7 +15,7 @@ from typing import Any
 from ..model.accounting import count_parameters, training_flops, training_flops_per_token
 from ..model.config import ModelConfig, Recompute
 from ..model.memory import Layout, MemoryItem, training_memory
-from ..model.shapes import Shape, tensor_shapes
+from ..model.shapes import Shape, logical_rows, tensor_shapes
 from ..optim.schedule import Schedule, Stage
 from .cluster import Cluster, GpuConfig, Shares
 from .config import ConfigError, TrainConfig, run_config
@@ -318,17 +318,9 @@ def muon_flops(shape: Shape, config: ModelConfig) -> float:
     """Operations of ten Newton-Schulz iterations on all matrices of an entry, as ``optim.muon`` does them."""
     if not shape.matrix:
         return 0.0
-    rows, columns = shape.shape
-    parts = [rows]
-    if shape.name.endswith(("hc_attn_fn", "hc_ffn_fn")):
-        parts = [config.hc_mult, config.hc_mult, config.hc_mult**2]
-    elif shape.name.endswith("attn.wo_a.weight"):
-        parts = [rows // config.o_groups] * config.o_groups
-    elif ".compressor.w" in shape.name and config.kinds[int(shape.block.split(".")[1])] == "csa":
-        parts = [rows // 2] * 2
     total = 0
-    for part in parts:
-        n, m = sorted((part, columns))
+    for rows in logical_rows(shape, config):
+        n, m = sorted((rows, shape.shape[1]))
         # The plain form or the Gram form, as newton_schulz chooses.
         total += 10 * n**3 + 20 * n * n * m if 2 * m < 3 * n else 34 * n**3 + 4 * n * n * m
     return 2.0 * total * shape.copies
