@@ -108,7 +108,7 @@ def test_the_largest_model_is_few_entries_and_no_torch() -> None:
     config = preset("v4_pro")
     assert len(tensor_shapes(config)) < 3000
     code = (
-        "import sys\nfrom openv4.model.config import ModelConfig\nfrom openv4.model.shapes import logical_rows, tensor_shapes\n"
+        "import sys\nfrom openv4.model.config import ModelConfig\nfrom openv4.model.shapes import tensor_shapes\n"
         f"config = ModelConfig(**{ {k: v for k, v in vars(config).items() if k != 'rope_scaling'}!r})\n"
         "print(sum(s.numel for s in tensor_shapes(config) if s.trained), *({'torch', 'numpy'} & set(sys.modules)))"
     )
