@@ -159,9 +159,9 @@ def _events(records: Sequence[Record]) -> str:
     """All but checkpoints, of which the last one counts."""
     rows = []
     for record in records:
-        saved = [event for event in record.events if event.get("kind") == "checkpoint"]
-        shown = [event for event in record.events if event.get("kind") != "checkpoint"][-200:] + saved[-1:]
-        for event in sorted(shown, key=lambda event: str(event.get("time"))):
+        saved = [place for place, event in enumerate(record.events) if event.get("kind") == "checkpoint"]
+        shown = [event for place, event in enumerate(record.events) if place not in saved[:-1]]
+        for event in shown[-200:]:
             run = (record.name,) if len(records) > 1 else ()
             cells = (*run, event.get("time"), event.get("step"), event.get("kind"), event.get("text"))
             rows.append([html.escape(str(cell)) for cell in cells])
