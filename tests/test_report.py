@@ -27,6 +27,7 @@ from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 
 import openv4.train.loop as loop
+from openv4.launch import plan
 from openv4.launch.charts import MAX_POINTS, charts, thin
 from openv4.launch.page import contents, page
 from openv4.launch.report import ReportConfig, Server, run, watch
@@ -109,14 +110,22 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chro
 
 def look(browser: webdriver.Chrome, url: str, size: tuple[int, int] = WIDE) -> None:
     """Opens a page; fails if anything is complained of in the console, or asked of another machine."""
+    show(browser, url, size)
+    wait_for(lambda: ask(browser, "document.querySelectorAll('#charts figure').length === state.charts.length"))
+    wait_for(lambda: ask(browser, "[...document.querySelectorAll('.js-plotly-plot')].every(p => p._fullLayout)"))
+    complains_of_nothing(browser, url)
+
+
+def show(browser: webdriver.Chrome, url: str, size: tuple[int, int]) -> None:
     phone = size[0] < 600
     screen = {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": phone}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
     browser.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": phone})
     browser.get_log("browser")
     browser.get(url)
-    wait_for(lambda: ask(browser, "document.querySelectorAll('#charts figure').length === state.charts.length"))
-    wait_for(lambda: ask(browser, "[...document.querySelectorAll('.js-plotly-plot')].every(p => p._fullLayout)"))
+
+
+def complains_of_nothing(browser: webdriver.Chrome, url: str) -> None:
     assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
     asked = ask(browser, "performance.getEntriesByType('resource').map(entry => entry.name)")
     assert [name for name in asked if not name.startswith(("data:", "blob:", url))] == []
@@ -595,3 +604,17 @@ def test_rare_metrics_are_joined_and_families_are_named(tmp_path: Path) -> None:
     assert named([a], "Checkpoints and validation") == {"validation": ([320, 640], [0.5, 1.5])}
     assert set(named([a, b], "Update RMS by parameter group")) == {"a, x", "a, y", "b, x", "b, y"}
     assert set(named([a, b], "Learning rate")) == {"a", "b"}
+
+
+@pytest.mark.parametrize("size", [WIDE, NARROW], ids=["wide", "narrow"])
+def test_the_page_of_a_plan(browser: webdriver.Chrome, size: tuple[int, int], tmp_path: Path) -> None:
+    """`openv4 plan html=`: three charts with their bars, nothing asked of another machine, no sideways scrolling."""
+    page = tmp_path / "plan.html"
+    plan.run(load("plan", plan.PlanConfig, ["run=smoke", "gpus=2", f"html={page}"]))
+    show(browser, page.as_uri(), size)
+    plots = "[...document.querySelectorAll('.js-plotly-plot')]"
+    wait_for(lambda: ask(browser, f"{plots}.filter(p => p._fullLayout).length === 3"))
+    bars = ask(browser, f"{plots}.map(p => p.querySelectorAll('.point path').length)")
+    assert all(count >= 2 for count in bars)
+    assert ask(browser, "document.scrollingElement.scrollWidth <= innerWidth")
+    complains_of_nothing(browser, page.as_uri())
