@@ -37,7 +37,7 @@ COMMANDS = {
     "inspect": Command("what a folder of weights holds", "openv4 inspect DeepSeek-V4-Flash"),
     "plan": Command(
         "memory, time and communication of a run on a cluster, before it runs",
-        "openv4 plan run=pretrain_flash nodes=64",
+        "openv4 plan run=pretrain_flash nodes=128 --search",
     ),
     "report": Command("a run's curves as one HTML page, several compared", "openv4 report runs/smoke"),
     "merge": Command("fold LoRA adapters into their weights", "openv4 merge adapter=runs/lora output=my_model"),
