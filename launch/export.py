@@ -11,7 +11,15 @@ from torch import Tensor
 
 from ..kernels.quantize import dequantize
 from ..model.lora import CONFIG_FILE as ADAPTER_CONFIG
-from ..model.released import Release, copy_companions, copy_tokenizer, released_tensors, scale_name, write_release
+from ..model.released import (
+    Release,
+    copy_companions,
+    copy_tokenizer,
+    refuse_unconstrained,
+    released_tensors,
+    scale_name,
+    write_release,
+)
 from ..model.tensor_files import new_folder
 from ..model.transformer import Transformer
 from ..train.checkpoint import find_tokenizer, find_weights
@@ -67,6 +75,7 @@ def run(config: ExportConfig) -> None:
         if not torch.equal(dequantize(stored[name], scale, torch.float32), value.float()):
             rounded.append(name)
 
+    refuse_unconstrained(release.config)
     with new_folder(Path(config.output)) as temporary, progress_bar("writing") as advance:
         kept = (base or release).copies if release.config.num_nextn_predict_layers else None
         shard = int(config.max_shard_gb * 1e9)

@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ..model.accounting import parameter_table
-from ..model.released import COMPANIONS, Format, Release, released_tensors
+from ..model.released import COMPANIONS, Release, released_tensors
+from ..model.shapes import Format
 from ..model.transformer import Transformer
 from ..train.checkpoint import find_weights
 

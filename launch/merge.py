@@ -15,7 +15,15 @@ from torch import Tensor
 from ..kernels.moe import LowRank
 from ..kernels.quantize import dequantize
 from ..model.lora import read_adapter
-from ..model.released import Release, Weight, copy_companions, released_tensors, scale_name, write_release
+from ..model.released import (
+    Release,
+    Weight,
+    copy_companions,
+    refuse_unconstrained,
+    released_tensors,
+    scale_name,
+    write_release,
+)
 from ..model.tensor_files import new_folder
 from ..model.transformer import Transformer
 from ..train.checkpoint import base_of, find_weights
@@ -89,6 +97,7 @@ def run(config: MergeConfig) -> None:
             survival.add(name, deltas[name].delta(), kept - base.read(name)[0].float())
 
     format = config.format or base.format
+    refuse_unconstrained(base.config)
     with new_folder(Path(config.output)) as temporary, progress_bar("merging") as advance:
         weights = merged(base.weights(), deltas)
         shard = int(config.max_shard_gb * 1e9)

@@ -21,6 +21,7 @@ from ..train.planning import (
     as_json,
     measured_shares,
     plan_run,
+    powers_of_two,
     rows_per_step,
     search,
 )
@@ -84,7 +85,7 @@ class PlanConfig(TrainConfig):
         """A plan needs no data, and of pretrained weights the shapes alone, which ``model=`` may give as well."""
         data = values.get("data") or {}
         values = values | {"data": data | {"path": None if data.get("path") == "???" else data.get("path")}}
-        if isinstance(values.get("row_tokens"), int) and values["row_tokens"] > 0:
+        if values.get("row_tokens") is not None:
             values["stages"] = [_with_rows(stage, values) for stage in values.get("stages") or ()]
         if values.get("pretrained") == "???":
             if not values.get("model"):
@@ -99,7 +100,7 @@ class PlanConfig(TrainConfig):
 
     def placement(self, stage: Stage, gpus: int) -> Placement:
         """As the keys say, or as the trainer would do it."""
-        expert = self.expert or 2 ** _twos(math.gcd(gpus, self.model.n_routed_experts))
+        expert = self.expert or powers_of_two(math.gcd(gpus, self.model.n_routed_experts))[-1]
         context = self.context or _smallest_context(gpus, stage)
         try:
             layout = Layout(gpus, expert, context)
@@ -227,7 +228,7 @@ def _print_proposals(console: Console, name: str, found: list[StagePlan], cluste
 def _print_verdict(console: Console, config: PlanConfig, plan: RunPlan) -> None:
     days, hours = plan.seconds / 86400, plan.gpu_hours
     console.print(f"as asked: {amount(plan.tokens)} tokens, {days:,.4g} days, {amount(hours)} GPU-hours")
-    if config.epochs is None and config.data_tokens is None and config.pretrained:
+    if config.epochs is not None and config.data_tokens is None:
         console.print("its length depends on the data: give data_tokens=<number>")
     if plan.fits:
         spare = min(p.capacity - p.bytes for p in plan.stages)
@@ -250,21 +251,18 @@ def _way_out(found: StagePlan, cluster: Cluster) -> str:
 
 
 def _smallest_context(gpus: int, stage: Stage) -> int:
-    most = math.gcd(gpus, stage.sequence_length)
-    sizes = [2**i for i in range(most.bit_length()) if most % 2**i == 0]
+    sizes = powers_of_two(math.gcd(gpus, stage.sequence_length))
     return next((size for size in sizes if gpus // size <= rows_per_step(stage)), 1)
 
 
 def _with_rows(stage: dict[str, Any], values: dict[Any, Any]) -> dict[str, Any]:
     """A stage with rows of ``row_tokens``, and a batch that has one for every group of GPUs."""
-    row = values["row_tokens"]
+    row, context = values["row_tokens"], values.get("context") or 1
     gpus = values.get("gpus") or (values.get("nodes") or 1) * values["gpu"]["per_node"]
-    step = row * max(1, gpus // (values.get("context") or 1))
+    numbers = row, context, gpus, *(stage.get(key, 0) for key in ("tokens", "batch_tokens", "warmup_steps"))
+    if not all(type(number) is int and number >= 0 for number in numbers) or not row:
+        return stage  # what is no number is refused where types are checked
+    step = row * max(1, gpus // context)
     batch = -(-stage["batch_tokens"] // step) * step
     changed = {"sequence_length": row, "batch_tokens": batch, "batch_tokens_start": None, "batch_ramp_tokens": 0}
     return stage | changed | {"tokens": max(stage["tokens"], batch * max(1, stage.get("warmup_steps", 0)))}
-
-
-def _twos(number: int) -> int:
-    """How often two divides it."""
-    return (number & -number).bit_length() - 1

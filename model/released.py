@@ -27,6 +27,7 @@ from ..kernels.quantize import block_of, dequantize, quantize_fp4, quantize_fp8,
 from .config import ModelConfig, WeightsError, without_mtp
 from .layers import Linear
 from .moe import Experts
+from .shapes import Format
 from .tensor_files import (
     DTYPES,
     INDEX,
@@ -40,7 +41,6 @@ from .tensor_files import (
 )
 from .transformer import Transformer
 
-Format = Literal["fp32", "bf16", "fp8", "fp4+fp8"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 Progress = Callable[[int, int], None]  # bytes read or written so far, and in all
 
@@ -137,16 +137,29 @@ def save_pretrained(
     folder = Path(folder)
     if format not in FORMATS:
         raise WeightsError(f"format={format!r}: choose from {', '.join(FORMATS)}")
-    _refuse_unconstrained(model.config)
+    refuse_unconstrained(model.config)
     with new_folder(folder) as temporary:
         write_weights(model, temporary, format, max_shard_bytes)
         if tokenizer is not None:
             copy_tokenizer(Path(tokenizer), temporary, model.config)
 
 
+def refuse_unconstrained(config: ModelConfig) -> None:
+    """For what leaves the project: checkpoints, which write the same files, hold any model.
+
+    Raises:
+        WeightsError: the released format cannot describe the model.
+    """
+    if config.hc_constraint != "sinkhorn":
+        raise WeightsError(
+            f"model.hc_constraint={config.hc_constraint}: the released format knows mHC alone, and its readers would "
+            "compute another model; train with hc_constraint=sinkhorn to export (checkpoints hold either)"
+        )
+
+
 def write_weights(model: Transformer, folder: Path, format: Format, max_shard_bytes: int) -> None:
     """``config.json`` and the safetensors files of a model, into an existing folder."""
-    _write(folder, model_weights(model), model.config, format, max_shard_bytes, model.origin.copies)
+    write_release(folder, model_weights(model), model.config, format, max_shard_bytes, model.origin.copies)
 
 
 def model_weights(model: Transformer) -> dict[str, Weight]:
@@ -187,31 +200,8 @@ def write_release(
         observe: is shown every tensor and what is stored of it.
 
     Raises:
-        WeightsError: values that are not finite, a matrix that FP4 cannot pack, or a model that the released format
-            cannot describe. OSError: the disk refused.
+        WeightsError: values that are not finite, or a matrix that FP4 cannot pack. OSError: the disk refused.
     """
-    _refuse_unconstrained(config)
-    _write(folder, weights, config, format, max_shard_bytes, copies, observe, progress)
-
-
-def _refuse_unconstrained(config: ModelConfig) -> None:
-    if config.hc_constraint != "sinkhorn":
-        raise WeightsError(
-            f"model.hc_constraint={config.hc_constraint}: the released format knows mHC alone, and its readers would "
-            "compute another model; train with hc_constraint=sinkhorn to export (checkpoints hold either)"
-        )
-
-
-def _write(
-    folder: Path,
-    weights: Mapping[str, Weight],
-    config: ModelConfig,
-    format: Format,
-    max_shard_bytes: int,
-    copies: Mapping[str, str] | None = None,
-    observe: Observer | None = None,
-    progress: Progress | None = None,
-) -> None:
     named = {**{name: name for name in weights}, **(copies or {})}
     sizes = {
         name: stored_bytes(source, weights[source].shape, weights[source].dtype, format)

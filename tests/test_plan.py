@@ -152,6 +152,9 @@ def test_nearest_changes_nothing_that_fits() -> None:
         (["gpus=2.5"], "gpus=2.5 must be a whole number"),
         (["gpu.memory_gb=nan"], "gpu.memory_gb=nan must be positive"),
         (["row_tokens=0"], "row_tokens=0 must be positive"),
+        (["row_tokens=64", "gpus=abc"], "gpus='abc' must be a whole number"),
+        (["row_tokens=64", "nodes=abc"], "nodes='abc' must be a whole number"),
+        (["row_tokens=64", "stages.0.batch_tokens=x"], "stages.0.batch_tokens='x' must be a whole number"),
         (["run=lora", "model=v4_flash", "precision.base=fp8"], "choose from fp32, bf16, released"),
         (["run=lora", "model=v4_flash", "lora.rank=0"], "lora.rank = 0: choose a whole number"),
         (["run=lora", "model=v4_flahs"], "model=v4_flahs: no such preset; did you mean v4_flash?"),
@@ -254,6 +257,14 @@ def test_lora_of_released_weights(plan: Callable[..., dict], release: Path) -> N
     small = plan("run=lora", f"model.pretrained={release}", "gpus=1", "row_tokens=64")
     names = {item["name"]: item["bytes"] for item in small["stages"][0]["memory"]}
     assert small["parameters"]["total"] < 10**7 and any("adapters" in name for name in names)
+
+
+def test_a_length_that_depends_on_the_data_is_asked_for(openv4: Run) -> None:
+    lora = ["plan", "run=lora", "model=tiny", "gpus=1", "row_tokens=512"]
+    asked = "its length depends on the data: give data_tokens=<number>"
+    assert asked in openv4(*lora).out
+    assert asked not in openv4(*lora, "data_tokens=10000").out
+    assert asked not in openv4("plan", "run=smoke", "gpus=1").out
 
 
 def test_a_plan_says_what_it_assumes(openv4: Run) -> None:

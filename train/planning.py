@@ -112,10 +112,6 @@ def rows_per_step(stage: Stage) -> int:
 def why_impossible(run: TrainConfig, stage: Stage, placement: Placement) -> str | None:
     """What makes a placement contradict the model or the stage, in one line; None if nothing does. Memory aside."""
     layout, rows = placement.layout, rows_per_step(stage)
-    if layout.gpus % layout.context:
-        return f"context={layout.context} does not divide the {layout.gpus} GPUs"
-    if layout.gpus % layout.expert:
-        return f"expert={layout.expert} does not divide the {layout.gpus} GPUs"
     if run.model.n_routed_experts % layout.expert:
         return f"expert={layout.expert} does not divide the {run.model.n_routed_experts} routed experts"
     if stage.sequence_length % layout.context:
@@ -328,8 +324,8 @@ def muon_flops(shape: Shape, config: ModelConfig) -> float:
 
 def placements(run: TrainConfig, stage: Stage, gpus: int) -> Iterator[Placement]:
     """Every placement of a stage by powers of two that contradicts nothing, memory aside."""
-    for expert in _powers(math.gcd(gpus, run.model.n_routed_experts)):
-        for context in _powers(math.gcd(gpus, stage.sequence_length)):
+    for expert in powers_of_two(math.gcd(gpus, run.model.n_routed_experts)):
+        for context in powers_of_two(math.gcd(gpus, stage.sequence_length)):
             each = math.ceil(rows_per_step(stage) * context / gpus)
             most = max(1, min(each, MICRO_TOKENS * context // stage.sequence_length))
             for recompute in RECOMPUTE:
@@ -339,8 +335,8 @@ def placements(run: TrainConfig, stage: Stage, gpus: int) -> Iterator[Placement]
                         yield placement
 
 
-def _powers(number: int) -> list[int]:
-    """Powers of two that divide it."""
+def powers_of_two(number: int) -> list[int]:
+    """The powers of two that divide it, from 1 on."""
     return [2**i for i in range(number.bit_length()) if number % 2**i == 0]
 
 
@@ -388,8 +384,10 @@ def _leanness(p: Placement) -> tuple[int, int, int, int]:
 
 def _leanest(run: TrainConfig, stage: Stage, gpus: int) -> Placement | None:
     """The placement that spreads most and keeps least, if so many GPUs have one at all."""
-    expert = _powers(math.gcd(gpus, run.model.n_routed_experts))[-1]
-    spread = (Layout(gpus, expert, context) for context in reversed(_powers(math.gcd(gpus, stage.sequence_length))))
+    expert = powers_of_two(math.gcd(gpus, run.model.n_routed_experts))[-1]
+    spread = (
+        Layout(gpus, expert, context) for context in reversed(powers_of_two(math.gcd(gpus, stage.sequence_length)))
+    )
     found = (Placement(layout, 1, "full") for layout in spread)
     return next((placement for placement in found if why_impossible(run, stage, placement) is None), None)
 
