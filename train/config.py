@@ -316,6 +316,16 @@ def to_yaml(config: Any) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(_escaped(dataclasses.asdict(config))))
 
 
+def leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """``a.b.0``, value: of a nested config; an empty list or mapping is a value."""
+    inner = dict(enumerate(values)) if isinstance(values, list | tuple) else values
+    if not isinstance(inner, dict) or not inner:
+        yield prefix, values
+    else:
+        for key, value in inner.items():
+            yield from leaves(value, f"{prefix}.{key}" if prefix else str(key))
+
+
 def run_config(checkpoint: str | Path) -> tuple[Path, TrainConfig] | None:
     """The run that a checkpoint belongs to (or that is named itself), and its config; None for an export."""
     path = Path(checkpoint).resolve()

@@ -3,7 +3,7 @@
 import fcntl
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from ..model.transformer import Transformer
 from ..optim.groups import Optimizers, build_optimizers, clip_by_global_norm
 from ..optim.schedule import Plan, Schedule
 from .checkpoint import TrainState, latest_checkpoint, load_checkpoint, make_latest, remove_leftovers, save_checkpoint
-from .config import CheckpointError, ConfigError, TrainConfig, from_yaml, to_yaml
+from .config import CheckpointError, ConfigError, TrainConfig, from_yaml, leaves, to_yaml
 from .dataset import Dataset, open_dataset
 from .environment import code_version, write_environment
 from .evaluation import Evaluation, evaluate, without_dropout
@@ -279,19 +279,11 @@ def write_config(run: Path, config: TrainConfig) -> None:
 
 def differences(before: TrainConfig, now: TrainConfig) -> list[str]:
     """What makes ``now`` another run than ``before``: all that decides a weight. (Data is told by its fingerprint.)"""
-    old, new = dict(_leaves(asdict(before))), dict(_leaves(asdict(now)))
+    old, new = dict(leaves(asdict(before))), dict(leaves(asdict(now)))
     decisive = ("seed", "grad_clip", "model", "optim", "precision", "stages", "epochs", "lora")
     keys = [key for key in old | new if key.split(".")[0] in decisive and old.get(key) != new.get(key)]
     found = [f"{key} was {old.get(key)}, now {new.get(key)}" for key in keys[:4]]
     return [*found, f"{len(keys) - 4} more"] if len(keys) > 4 else found
-
-
-def _leaves(values: dict[str, Any] | Sequence[Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items() if isinstance(values, dict) else enumerate(values):
-        if isinstance(value, dict | list | tuple) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def make_deterministic(config: TrainConfig, device: torch.device) -> None:

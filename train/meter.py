@@ -126,17 +126,25 @@ class Meter:
 
 def relative_load(load: dict[str, Tensor]) -> dict[str, list[float]]:
     """Load of each expert over the mean of its block (1 = even), from tokens per expert."""
-    counts = torch.stack(list(load.values())).float()  # [blocks, E]
-    return dict(zip(load, (counts / counts.mean(1, keepdim=True).clamp(min=1e-9)).tolist(), strict=True))
+    return dict(zip(load, _relative(_counts(load)).tolist(), strict=True))
 
 
 def load_metrics(load: dict[str, Tensor]) -> Row:
     """Largest and smallest load of an expert over the mean of its layer (1 = even), and experts without a token."""
     if not load:
         return {}
-    counts = torch.stack([count.float() for count in load.values()]).cpu()  # [blocks, E]
-    relative = counts / counts.mean(1, keepdim=True).clamp(min=1e-9)
+    counts = _counts(load)
+    relative = _relative(counts)
     row: Row = {f"moe/load_max/{name}": float(value) for name, value in zip(load, relative.amax(1), strict=True)}
     row |= {"moe/load_max": float(relative.max()), "moe/load_mean": float(counts.mean())}
     row |= {"moe/load_min": float(relative.min()), "moe/dead_experts": int((counts == 0).sum())}
     return row
+
+
+def _counts(load: dict[str, Tensor]) -> Tensor:
+    """Tokens of each expert, float32 ``[blocks, E]``, on the host."""
+    return torch.stack([count.float() for count in load.values()]).cpu()
+
+
+def _relative(counts: Tensor) -> Tensor:
+    return counts / counts.mean(1, keepdim=True).clamp(min=1e-9)

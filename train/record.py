@@ -4,7 +4,6 @@ import json
 import math
 import os
 from array import array
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -19,7 +18,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from ..model.accounting import count_parameters
 from ..model.config import ModelConfig, ModelConfigError
-from .config import ConfigError, TrainConfig, from_yaml
+from .config import ConfigError, TrainConfig, from_yaml, leaves
 from .metrics import duration, read_lines
 
 Column = NDArray[np.float64]
@@ -207,16 +206,6 @@ def open_runs(folders: tuple[str, ...]) -> list[RunReader]:
         if names.count(reader.name) > 1:
             reader.name = str(reader.folder)
     return readers
-
-
-def leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """``a.b.0``, value: of a nested config; an empty list or mapping is a value."""
-    items = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
-    if not items or values in ({}, []):
-        yield prefix, values
-    else:
-        for key, value in items:
-            yield from leaves(value, f"{prefix}.{key}" if prefix else str(key))
 
 
 def differences(records: list[Record]) -> list[tuple[str, list[Any]]]:
