@@ -8,6 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+
+# Without a GPU, Triton kernels run through the interpreter, which must be asked for before triton is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from cli_cases import SMALL_RUN, TEXTS, VOCAB, Result, Run, console, write_texts
 from finetune_cases import conversations, write_base, write_chat
 
