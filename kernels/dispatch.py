@@ -69,7 +69,7 @@ def implementation(*tensors: Tensor) -> Implementation:
         raise ValueError("OPENV4_KERNELS=triton, but triton is not installed; pip install triton, or choose auto")
     if not on_device and not INTERPRETED:
         raise ValueError(
-            f"OPENV4_KERNELS=triton on {tensors[0].device.type}: set TRITON_INTERPRET=1 to interpret the kernels, which "
+            f"OPENV4_KERNELS=triton on {tensors[0].device.type}: set TRITON_INTERPRET=1 to interpret kernels, which "
             "is slow, or choose auto"
         )
     return "triton"
