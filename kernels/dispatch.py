@@ -13,12 +13,10 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
-from typing import Any, Literal, TypeVar, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 Choice = Literal["auto", "reference", "torch", "triton"]
 Implementation = Literal["reference", "torch", "triton"]
@@ -33,9 +31,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "
 _choice: Choice | None = None  # what `using` set
 
 
-def jit(kernel: F) -> F:
+def jit(kernel: Callable[..., Any]) -> Any:
     """``triton.jit``; without triton the function as it is, which then nobody calls."""
-    return kernel if triton is None else cast(F, triton.jit(kernel))
+    return kernel if triton is None else triton.jit(kernel)
 
 
 @contextmanager

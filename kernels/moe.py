@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .fp8 import round_columns, round_rows
 from .norm import at_least_fp32
-from .quantize import Quantized
+from .quantize import FP8_BLOCK, Quantized
 
 # Elements of quantised experts that are dequantised at once.
 CPU_ELEMENTS, GPU_ELEMENTS = 2**22, 2**26
@@ -111,6 +112,7 @@ def routed_experts(
     w2: Tensor | Quantized,
     limit: float,
     adapters: ExpertAdapters | None = None,
+    rounded: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum over each token's experts of weight * expert(x), nothing dropped.
 
@@ -123,6 +125,9 @@ def routed_experts(
             Quantised ones are frozen, and dequantised a few experts at a time.
         adapters: low-rank products added to those of the matrices, which are never formed; they compute in the dtype
             of x like the matrices.
+        rounded: w1, w3, w2 rounded to FP8, in the dtype of x (``kernels.fp8``); the products are then those of FP8, of
+            activations and gradients rounded like those of ``fp8_linear``, groups of 128 tokens counted within an
+            expert. The gradients go to w1, w3 and w2, unchanged by the rounding.
 
     Returns:
         output ``[M, D]``, at least float32 (experts are summed so), and the share of clamped elements (0-dim).
@@ -134,7 +139,10 @@ def routed_experts(
     if wide or inner:
         x = F.pad(x, (0, wide))
         w1, w3, w2 = (_padded(w1, inner, wide), _padded(w3, inner, wide), _padded(w2, wide, inner))
-    output, hits = _RoutedExperts.apply(x, ids, weights, w1, w3, w2, limit, *factors)
+        if rounded is not None:
+            r1, r3, r2 = rounded
+            rounded = F.pad(r1, (0, wide, 0, inner)), F.pad(r3, (0, wide, 0, inner)), F.pad(r2, (0, inner, 0, wide))
+    output, hits = _RoutedExperts.apply(x, ids, weights, w1, w3, w2, limit, rounded, *factors)
     return output[:, : output.shape[1] - wide], hits * (w1.shape[1] / (w1.shape[1] - inner))
 
 
@@ -165,14 +173,14 @@ class _Layout(NamedTuple):
     slot: Tensor  # [M, K] row of each token's copies
 
     @classmethod
-    def of(cls, ids: Tensor, experts: int) -> "_Layout":
+    def of(cls, ids: Tensor, experts: int, tile: int = TILE) -> "_Layout":
         flat = ids.flatten()
         sizes = torch.bincount(flat, minlength=experts)
-        padded = (sizes + (TILE - 1)) // TILE * TILE
+        padded = (sizes + (tile - 1)) // tile * tile
         ends = padded.cumsum(0)
         # Off the CPU the number of rows is bounded, not read, so that the host does not wait; what follows the last
         # expert's rows belongs to none and is never read back.
-        rows = int(ends[-1]) if ids.device.type == "cpu" else len(flat) + min(experts, len(flat)) * (TILE - 1)
+        rows = int(ends[-1]) if ids.device.type == "cpu" else len(flat) + min(experts, len(flat)) * (tile - 1)
         order = flat.argsort(stable=True)
         expert = flat[order]
         rank = torch.arange(len(flat), device=ids.device) - (sizes.cumsum(0) - sizes)[expert]
@@ -235,7 +243,7 @@ class _Layout(NamedTuple):
 class _RoutedExperts(torch.autograd.Function):
     """Saves the two projections; gathered tokens and hidden activations are made again.
 
-    ``factors``: none, or what ``_factors`` returns.
+    ``factors``: none, or what ``_factors`` returns; ``rounded``: as for ``routed_experts``.
     """
 
     @staticmethod
@@ -248,11 +256,16 @@ class _RoutedExperts(torch.autograd.Function):
         w3: Tensor | Quantized,
         w2: Tensor | Quantized,
         limit: float,
+        rounded: tuple[Tensor, Tensor, Tensor] | None,
         *factors: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        layout = _Layout.of(ids, w1.shape[0])
+        layout = _Layout.of(ids, w1.shape[0], TILE if rounded is None else FP8_BLOCK)
+        matrices = (w1, w3, w2)
+        v1, v3, v2 = matrices if rounded is None else rounded
         rows = x.index_select(0, layout.source)
-        gate, up = (layout.times(rows, w, transposed=True) for w in (w1, w3))
+        if rounded is not None:
+            rows = round_rows(rows)
+        gate, up = (layout.times(rows, v, transposed=True) for v in (v1, v3))
         if factors:
             a1, b1, b3, a2, b2 = factors
             low = layout.product(rows, a1.mT)
@@ -260,14 +273,15 @@ class _RoutedExperts(torch.autograd.Function):
             up.add_(layout.product(low, b3.mT))
         del rows
         hidden = (clamped_swiglu(gate, up, limit) * layout.scatter(weights)).to(x.dtype)
-        down = layout.times(hidden, w2, transposed=True)
+        down = layout.times(hidden if rounded is None else round_rows(hidden), v2, transposed=True)
         if factors:
             down.add_(layout.product(layout.product(hidden, a2.mT), b2.mT))
         output = layout.gather(down)
         hits = _clamped_rows(gate, up, limit)[layout.slot].sum() / max(2 * layout.slot.numel() * gate.shape[1], 1)
-        matrices = (w1, w3, w2)
         learned = (w if isinstance(w, Tensor) else None for w in matrices)
-        ctx.save_for_backward(x, weights, *learned, gate, up, *layout, *factors)
+        ctx.save_for_backward(x, weights, *(learned if rounded is None else rounded), gate, up, *layout, *factors)
+        ctx.rounded = rounded is not None
+        ctx.dtypes = [None if isinstance(w, Quantized) else w.dtype for w in matrices]
         ctx.quantized = [None if isinstance(w, Tensor) else w for w in matrices]
         ctx.limit = limit
         ctx.mark_non_differentiable(hits)
@@ -281,16 +295,26 @@ class _RoutedExperts(torch.autograd.Function):
         w1, w3, w2 = (w if q is None else q for w, q in zip(learned, ctx.quantized, strict=True))
         layout, factors = _Layout(*layout[: len(_Layout._fields)]), layout[len(_Layout._fields) :]
         _, _, _, w1_learns, w3_learns, w2_learns, *_ = ctx.needs_input_grad  # not those below adapters
+        rows_of = round_rows if ctx.rounded else lambda rows: rows
+
+        def weight_gradient(left: Tensor, right: Tensor, index: int) -> Tensor:
+            if ctx.rounded:
+                left, right = round_columns(left).float(), round_columns(right).float()
+            return layout.outer(left, right).to(ctx.dtypes[index])
+
         to_w1 = to_w3 = to_w2 = None
         to_factors: tuple[Tensor, ...] = ()
         upper = gradient.to(x.dtype).index_select(0, layout.source)
+        if ctx.rounded:  # what padding repeats would move the scales of its group
+            real = layout.scatter(torch.ones_like(weights, dtype=x.dtype))
+            upper = upper * real
         # A row of padding has weight 0: hidden and both slopes are 0 there, whatever token it repeats.
         with torch.enable_grad():
             leaves = [t.detach().requires_grad_() for t in (gate, up, layout.scatter(weights))]
             hidden = (clamped_swiglu(leaves[0], leaves[1], ctx.limit) * leaves[2]).to(x.dtype)
         if w2_learns:
-            to_w2 = layout.outer(upper, hidden.detach()).to(w2.dtype)
-        to_hidden = layout.times(upper, w2)
+            to_w2 = weight_gradient(upper, hidden.detach(), 2)
+        to_hidden = layout.times(rows_of(upper), w2)
         if factors:
             a1, b1, b3, a2, b2 = factors
             low, to_low = layout.product(hidden.detach(), a2.mT), layout.product(upper, b2)
@@ -299,18 +323,20 @@ class _RoutedExperts(torch.autograd.Function):
         to_gate, to_up, to_scale = torch.autograd.grad(hidden, leaves, to_hidden)
         del upper, hidden, to_hidden
         rows = x.index_select(0, layout.source)
+        if ctx.rounded:
+            rows = rows * real
         if w1_learns:
-            to_w1 = layout.outer(to_gate, rows).to(w1.dtype)
+            to_w1 = weight_gradient(to_gate, rows, 0)
         if w3_learns:
-            to_w3 = layout.outer(to_up, rows).to(w3.dtype)
-        to_rows = layout.times(to_gate, w1).add_(layout.times(to_up, w3))
+            to_w3 = weight_gradient(to_up, rows, 1)
+        to_rows = layout.times(rows_of(to_gate), w1).add_(layout.times(rows_of(to_up), w3))
         if factors:
             low, to_low = layout.product(rows, a1.mT), layout.product(to_gate, b1).add_(layout.product(to_up, b3))
             to_rows.add_(layout.product(to_low, a1))
             outers = (layout.outer(to_low, rows), layout.outer(to_gate, low), layout.outer(to_up, low))
             to_factors = (*outers, *to_factors)
         to_weights = to_scale[layout.slot].squeeze(-1)
-        return layout.gather(to_rows).to(x.dtype), None, to_weights, to_w1, to_w3, to_w2, None, *to_factors
+        return layout.gather(to_rows).to(x.dtype), None, to_weights, to_w1, to_w3, to_w2, None, None, *to_factors
 
 
 def _clamped_rows(gate: Tensor, up: Tensor, limit: float) -> Tensor:

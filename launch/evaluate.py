@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Literal
 
 from ..train.checkpoint import find_tokenizer, load_model
-from ..train.config import ConfigError, DataConfig, run_config
+from ..train.config import ConfigError, DataConfig, PrecisionConfig, run_config
 from ..train.dataset import open_dataset
 from ..train.evaluation import evaluate
+from ..train.precision import apply_precision
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class EvaluateConfig:
     attention: null takes the run's last stage, or sparse.
     tokens: stop after so many; null reads all.
     batch_tokens: read at once.
+    precision: what products compute in, whatever the model was trained with: fp4_qat shows what FP4 experts cost.
     """
 
     checkpoint: str
@@ -28,6 +30,7 @@ class EvaluateConfig:
     attention: Literal["dense", "sparse"] | None = None
     tokens: int | None = None
     batch_tokens: int = 4096
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
 
     def __post_init__(self) -> None:
         for key in ("sequence_length", "tokens", "batch_tokens"):
@@ -41,6 +44,7 @@ CONFIG = EvaluateConfig
 
 def run(config: EvaluateConfig) -> None:
     model = load_model(config.checkpoint)
+    apply_precision(model, config.precision)
     trained = run_config(config.checkpoint)
     data = config.data
     if data.path is None and not data.sources:

@@ -42,7 +42,7 @@ class PlanConfig(TrainConfig):
         expert: expert-parallel size; null: the largest power of two that divides GPUs and routed experts.
         context: context-parallel size; null: by stage, the smallest power of two that leaves no GPU without a row.
         micro_rows: rows of a micro-batch; null: as many as micro_batch_tokens holds.
-        compute: dtype of matrix products; null: that of the run's precision.
+        compute: of matrix products in all stages; null: as the run's precision and its stages say.
         row_tokens: length of the rows of every stage, instead of the run's.
         data_tokens: of the data, for runs that are measured in epochs.
         search: propose placements.
@@ -87,6 +87,8 @@ class PlanConfig(TrainConfig):
         values = values | {"data": data | {"path": None if data.get("path") == "???" else data.get("path")}}
         if values.get("row_tokens") is not None:
             values["stages"] = [_with_rows(stage, values) for stage in values.get("stages") or ()]
+        if values.get("compute") is not None:
+            values["stages"] = [stage | {"compute": None} for stage in values.get("stages") or ()]
         if values.get("pretrained") == "???":
             if not values.get("model"):
                 raise ConfigError("model is not set; give model=v4_flash or model.pretrained=<folder of weights>")

@@ -22,7 +22,7 @@ PORTIONS: dict[str, dict[Device, int]] = {
     "cross_entropy": {"cpu": 2**23, "gpu": 2**28},
     "moe": {"cpu": 2**22, "gpu": 2**26},
 }
-TILE = 16  # rows of an expert come in whole tiles
+TILE, FP8_TILE = 16, 128  # rows of an expert come in whole tiles; those of FP8 products in whole groups of a scale
 
 MIXING, ATTENTION, EXPERTS, CHOICES = "streams and mixing", "attention", "router and experts", "discrete choices"
 
@@ -60,6 +60,7 @@ class Work:
         casts: bytes of a weight's copy in the compute dtype, per element; 0 if it is held in that dtype.
         wide_casts: the same of weights that compute in float32 always.
         dequantized: whether frozen weights are held in FP8 and FP4, and unpacked where they are used.
+        tile: rows of an expert are padded to a multiple of it.
     """
 
     config: ModelConfig
@@ -75,6 +76,7 @@ class Work:
     wide_casts: int = 0
     dequantized: bool = False
     lora: LoRAConfig | None = None
+    tile: int = TILE
 
     @property
     def tokens(self) -> int:
@@ -328,7 +330,7 @@ class Work:
         ranks = c.n_routed_experts / self.experts
         # Experts that are spread evenly over the GPUs get as many rows as a GPU's tokens send.
         filled = min(self.experts, copies)
-        rows = copies + filled * ((TILE - 1) if self.device == "gpu" else (TILE - 1) / 2)
+        rows = copies + filled * ((self.tile - 1) if self.device == "gpu" else (self.tile - 1) / 2)
         act, full = rows * inner, rows * hidden
         weights = 3 * self.experts * hidden * inner
         padded = 4 * weights if self.lora is None and (hidden, inner) != (c.hidden_size, c.moe_intermediate_size) else 0

@@ -4,6 +4,7 @@ Shapes: B batch, T tokens, D hidden, H heads, C head dim, N compressed entries, 
 Source: recipe 2; paper 2.3; the official inference code where the two disagree.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -104,7 +105,10 @@ class Geometry:
 
 
 class Compressor(nn.Module):
-    """Turns every ``ratio`` tokens of a document into one key/value entry ``[B, N, dim]`` (recipe 2.2)."""
+    """Turns every ``ratio`` tokens of a document into one key/value entry ``[B, N, dim]`` (recipe 2.2).
+
+    ``simulate``, where ``train.precision`` sets it, rounds the entries as a low-precision cache would hold them.
+    """
 
     def __init__(self, config: ModelConfig, dim: int, ratio: int, overlap: bool) -> None:
         super().__init__()
@@ -114,6 +118,7 @@ class Compressor(nn.Module):
         self.ape = nn.Parameter(torch.empty(ratio, width))  # the gate's bias by place within a block
         self.norm = RMSNorm(dim, config.rms_norm_eps)
         self.ratio, self.overlap = ratio, overlap
+        self.simulate: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, x: Tensor, geometry: Geometry, cache: CompressorCache | None = None) -> Tensor:
         """Entries of ``x [B, T, D]``; with a cache, those of all tokens so far."""
@@ -127,6 +132,8 @@ class Compressor(nn.Module):
             blocks = blocks._replace(start=blocks.start[:, new] + carried, chained=blocks.chained[:, new])
         entries = self.norm(compress(kv, gate, self.ape, blocks, self.overlap)[:, again:])
         entries = apply_rope(entries, geometry.entry_rope[self.ratio]).to(x.dtype)
+        if self.simulate is not None:
+            entries = self.simulate(entries)
         return entries if cache is None else cache.entries.append(entries)
 
 
@@ -134,6 +141,7 @@ class Indexer(nn.Module):
     """The lightning indexer: scores the compressed entries of a CSA layer for each query (recipe 2.3).
 
     The choice of the best is discrete, so the language-model loss sends it no gradient; ``indexer_loss`` trains it.
+    ``simulate``, where ``train.precision`` sets it, rounds the queries; the compressor's does so with the keys.
     """
 
     def __init__(self, config: ModelConfig, ratio: int) -> None:
@@ -142,6 +150,7 @@ class Indexer(nn.Module):
         self.wq_b = Linear(config.q_lora_rank, self.heads * self.dim)
         self.weights_proj = Linear(config.hidden_size, self.heads)
         self.compressor = Compressor(config, self.dim, ratio, overlap=True)
+        self.simulate: Callable[[Tensor], Tensor] | None = None
 
     def forward(
         self, x: Tensor, q_latent: Tensor, geometry: Geometry, cache: CompressorCache | None = None
@@ -151,13 +160,18 @@ class Indexer(nn.Module):
         Its inputs, x ``[B, T, D]`` and q_latent ``[B, T, q_lora_rank]``, get no gradient.
         """
         x, q_latent = x.detach(), q_latent.detach()
-        q = self.wq_b(q_latent).unflatten(-1, (self.heads, self.dim))
+        q = apply_rope(self.wq_b(q_latent).unflatten(-1, (self.heads, self.dim)), geometry.compressed_rope)
+        if self.simulate is not None:
+            q = self.simulate(q)
         weights = self.weights_proj(x) * (self.dim**-0.5 * self.heads**-0.5)
-        return apply_rope(q, geometry.compressed_rope), self.compressor(x, geometry, cache), weights
+        return q, self.compressor(x, geometry, cache), weights
 
 
 class Attention(nn.Module):
-    """One attention layer; ``layer`` indexes ``config.compress_ratios``, an MTP block comes after the main layers."""
+    """One attention layer; ``layer`` indexes ``config.compress_ratios``, an MTP block comes after the main layers.
+
+    ``simulate``, where ``train.precision`` sets it, rounds the window's keys/values as an FP8 cache would hold them.
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -174,6 +188,7 @@ class Attention(nn.Module):
         self.wo_b = Linear(self.groups * config.o_lora_rank, config.hidden_size)
         self.compressor = Compressor(config, self.dim, self.ratio, kind == "csa") if self.ratio else None
         self.indexer = Indexer(config, self.ratio) if kind == "csa" else None
+        self.simulate: Callable[[Tensor], Tensor] | None = None
 
     def forward(
         self, x: Tensor, geometry: Geometry, task: AttentionTask, route: Route, cache: LayerCache | None = None
@@ -188,6 +203,8 @@ class Attention(nn.Module):
         q = self.wq_b(q_latent).unflatten(-1, (self.heads, self.dim))
         q = apply_rope(rms_norm(q, eps=self.eps), rope)
         kv = apply_rope(self.kv_norm(self.wkv(x)), rope)
+        if self.simulate is not None:
+            kv = self.simulate(kv)
         if cache is not None:
             kv = cache.window.extend(kv, self.window - 1)
         entries = blocks = selected = report = None

@@ -9,13 +9,15 @@ from torch import Tensor, nn
 
 from ..kernels.norm import rms_norm
 from ..kernels.quantize import quantized_product
+from .precision import Products
 
 
 class Linear(nn.Linear):
     """``x W^T`` without bias, in the dtype of ``x``; weight ``[out, in]``.
 
-    A frozen weight may be held as it was released: ``weight`` then has FP8 codes and ``scale`` their scales. ``lora``,
-    where ``model.lora.add_lora`` puts one, adds a low-rank product of the same input.
+    With ``rounded`` the product is one of FP8 numbers (``train.precision`` sets it). A frozen weight may be held as it
+    was released: ``weight`` then has FP8 codes and ``scale`` their scales. ``lora``, where ``model.lora.add_lora`` puts
+    one, adds a low-rank product of the same input.
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:
@@ -23,6 +25,7 @@ class Linear(nn.Linear):
         self.scale: Tensor | None
         self.register_buffer("scale", None)
         self.lora: nn.Module | None = None
+        self.rounded: Products | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.product(x)
@@ -30,6 +33,8 @@ class Linear(nn.Linear):
 
     def product(self, x: Tensor) -> Tensor:
         """The product with the weight alone."""
+        if self.rounded is not None:
+            return self.rounded.linear(x, self.weight)
         if self.scale is None:
             return F.linear(x, self.weight.to(x.dtype))
         return quantized_product(x.unsqueeze(-2), self.weight, self.scale).squeeze(-2)
@@ -52,6 +57,8 @@ class GroupedLinear(Linear):
         self.groups = groups
 
     def product(self, x: Tensor) -> Tensor:
+        if self.rounded is not None:
+            return self.rounded.linear(x, self.weight, self.groups)
         if self.scale is None:
             return torch.einsum("btgi,gri->btgr", x, self.weight.to(x.dtype).unflatten(0, (self.groups, -1)))
         return quantized_product(x, self.weight, self.scale, self.groups)

@@ -93,6 +93,8 @@ def training_losses(
     """
     warmup = attention == "indexer_warmup"
     task = AttentionTask(attention, indexer or warmup, statistics)
+    if statistics:
+        model.gauge.start()
     with torch.set_grad_enabled(torch.is_grad_enabled() and not warmup):
         output = model.run(tokens, segments, task=task, mtp=mtp and not warmup)
         targets = shifted_targets(tokens, segments, 1, trained)
@@ -111,7 +113,9 @@ def training_losses(
         torch.stack([r.balance for r in routing.values()]).sum(),
         IndexerLoss(*(torch.stack(column).sum() for column in columns)),
         {name: r.load for name, r in routing.items()},
-        summarize(output.reports, segments >= 0) | recall_statistics(indexers) if statistics else {},
+        summarize(output.reports, segments >= 0) | recall_statistics(indexers) | model.gauge.take()
+        if statistics
+        else {},
     )
 
 

@@ -12,7 +12,7 @@ from os import cpu_count
 from typing import Literal
 
 from .accounting import optimizer_bytes, tensor_bytes
-from .activations import ATTENTION, CHOICES, MIXING, Device, Stage, Work
+from .activations import ATTENTION, CHOICES, FP8_TILE, MIXING, TILE, Device, Stage, Work
 from .config import AttentionMode, LoRAConfig, ModelConfig, Recompute
 from .shapes import Format, Part, Shape, adapter_shapes, logical_rows, tensor_shapes
 
@@ -85,6 +85,7 @@ def training_memory(
     rows: int = 1,
     attention: AttentionMode = "sparse",
     compute: Compute = "bf16",
+    streams: Literal["fp32", "bf16"] = "bf16",
     recompute: Recompute = "none",
     matrices: Literal["muon", "adamw"] = "muon",
     mtp: bool = True,
@@ -106,7 +107,9 @@ def training_memory(
     Args:
         length: tokens of a row, which ``layout.context`` GPUs share.
         rows: of one forward and backward pass.
-        compute: fp8 and fp4_qat are planned to keep what bf16 keeps.
+        compute: fp8 and fp4_qat keep what their ``streams`` would, and the rounded weights in that dtype, once for all
+            micro-batches (Transformer Engine: FP8 twice, by rows and by columns, which is as much as bf16). On many
+            GPUs they take the place of the weights in the dtype of ``compute``.
         matrices: the optimizer of matrices, as in ``OptimConfig``.
         mtp: the MTP block is trained; its weights are there either way, if the config has it.
         indexer: the indexers' loss is computed; in an indexer warm-up it always is.
@@ -124,7 +127,8 @@ def training_memory(
         raise ValueError(f"context={layout.context} does not divide the rows' length={length}")
     if attention == "indexer_warmup" or "csa" not in config.kinds:
         mtp, indexer = mtp and attention != "indexer_warmup", attention == "indexer_warmup"
-    width = 4 if compute == "fp32" else 2
+    low = compute in ("fp8", "fp4_qat")
+    width = 4 if (streams if low else compute) == "fp32" else 2
     held: Format = "bf16" if width < 4 and layout.gpus > 1 else "fp32"
     if lora is not None:
         held = release if base == "released" else base
@@ -139,13 +143,16 @@ def training_memory(
         width=width,
         device=device,
         context=layout.context,
-        casts=width if own not in (None, width) else 0,
+        casts=width if own not in (None, width) and not low else 0,
         wide_casts=4 if held != "fp32" else 0,
         dequantized=own is None,
         lora=lora,
+        tile=FP8_TILE if low else TILE,
     )
     step = _Step(work, layout, matrices, recompute, mtp and config.num_nextn_predict_layers > 0, micro_batches, held)
     step.hold_weights()
+    if low and held == "fp32":
+        step.hold_rounded()
     step.run(threads or cpu_count() or 1)
     items = [MemoryItem(name, size, step.how(name)) for name, size in step.tally.fullest.items() if size > 0.5]
     if device == "gpu":
@@ -259,6 +266,12 @@ class _Step:
         places = w.tokens * (17 + 16 * len(ratios) + 8 * c.qk_rope_head_dim)
         entries = sum(w.rows * (w.length // ratio) for ratio in ratios)
         tally.hold("batch", 20 * w.tokens + (places + 9 * entries) * (1 + self.mtp))
+
+    def hold_rounded(self) -> None:
+        """Weights rounded to FP8, or to FP4 that FP8 holds, of the blocks that run."""
+        for s in tensor_shapes(self.config):
+            if s.stored in ("fp8", "fp4") and (self.mtp or not s.in_mtp):
+                self.tally.hold("rounded weights", self._here(s, self.work.width * s.numel))
 
     def run(self, threads: int) -> None:
         if self.warmup:
@@ -409,6 +422,7 @@ class _Step:
         sentences = {
             "routed experts": f"{self.held}" + (f", {w.experts} of {c.n_routed_experts} experts" if many else ""),
             "other weights": f"{self.held}" + (", on every GPU" if many else ""),
+            "rounded weights": f"FP8 values in {compute}, made once a step",
             "adapters": "float32",
             "optimizer state": "AdamW: two moments, float32"
             if w.lora or self.matrices == "adamw"

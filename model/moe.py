@@ -3,6 +3,7 @@
 Shapes: B batch, T tokens, M = B T, D hidden, E experts, K experts per token, F expert intermediate. Source: recipe 3.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from ..kernels.moe import clamp_hits, clamped_swiglu, expert_weights, routed_exp
 from ..kernels.quantize import Quantized
 from .config import ModelConfig
 from .layers import Linear
+from .precision import RoundedWeight
 from .recompute import Route
 
 
@@ -52,7 +54,8 @@ class Experts(nn.Module):
     """The weights of all routed experts, stacked: w1 (gate), w3 (up) ``[E, F, D]``, w2 (down) ``[E, D, F]``.
 
     Frozen, they may be held as they were released: FP4 or FP8 codes, with their scales in ``w1_scale`` and so on.
-    ``lora``, where ``model.lora.add_lora`` puts one, holds their adapters.
+    ``lora``, where ``model.lora.add_lora`` puts one, holds their adapters. With ``rounded``, one for each matrix, the
+    products are of FP8 numbers, which ``engine``, if there is one, carries out (``train.precision`` sets both).
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -64,12 +67,21 @@ class Experts(nn.Module):
         for name in ("w1", "w2", "w3"):
             self.register_buffer(f"{name}_scale", None)
         self.lora: nn.Module | None = None
+        self.rounded: tuple[RoundedWeight, ...] = ()
+        self.engine: Callable[..., tuple[Tensor, Tensor]] | None = None
         self.limit = config.swiglu_limit
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        if self.engine is not None:
+            return self.engine(x, ids, weights, self.w1, self.w3, self.w2)
         adapters = None if self.lora is None else self.lora()
         w1, w3, w2 = (self._matrices(name) for name in ("w1", "w3", "w2"))
-        return routed_experts(x, ids, weights, w1, w3, w2, self.limit, adapters)
+        rounded = None
+        if self.rounded:
+            self.rounded[0].count_activations(x)
+            r1, r3, r2 = self.rounded
+            rounded = r1.values(self.w1, x.dtype), r3.values(self.w3, x.dtype), r2.values(self.w2, x.dtype)
+        return routed_experts(x, ids, weights, w1, w3, w2, self.limit, adapters, rounded)
 
     def hold_quantized(self, name: str, codes: Tensor, scale: Tensor) -> None:
         """Replaces the parameter ``name`` by buffers: stacked codes and scales as in ``kernels.quantize``."""

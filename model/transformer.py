@@ -22,6 +22,7 @@ from .cache import Cache, LayerCache
 from .config import AttentionMode, ModelConfig, Recompute
 from .layers import Linear, RMSNorm
 from .moe import MoE, Routing
+from .precision import Gauge
 from .recompute import Route, recomputed
 
 
@@ -120,7 +121,8 @@ class Transformer(nn.Module):
     """DeepSeek-V4. Builds on any device, meta included; ``init_weights`` or ``load_pretrained`` fills it.
 
     ``compute_dtype`` is that of the residual streams and matrix products; None: that of the parameters. ``recompute``
-    says what the blocks keep for the backward pass (``recompute.py``); it changes no result.
+    says what the blocks keep for the backward pass (``recompute.py``); it changes no result. ``gauge`` counts what
+    low-precision products lose, where ``train.precision`` has set such.
     """
 
     def __init__(
@@ -129,6 +131,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config, self.compute_dtype, self.recompute = config, compute_dtype, recompute
         self.origin = Origin()
+        self.gauge = Gauge()
         self.embed = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size), freeze=False)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)

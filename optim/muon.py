@@ -1,7 +1,7 @@
-"""Muon, the optimizer of every weight matrix: hybrid Newton-Schulz and the step around it.
+"""Muon, the optimizer of every weight matrix: the step around `newton_schulz`, which is the mathematics.
 
-`newton_schulz` is the mathematics and stands alone. `Muon` decides which rows of which parameters are logically
-independent matrices, stacks all matrices of one shape, and runs each stack as one batch.
+`Muon` decides which rows of which parameters are logically independent matrices, stacks all matrices of one shape, and
+runs each stack as one batch.
 
 Shapes: b matrices in a stack, n x m one matrix; inside a stack n <= m (tall matrices are transposed on the way in).
 """
@@ -17,91 +17,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-NEWTON_SCHULZ_COEFFICIENTS = ((3.4445, -4.7750, 2.0315),) * 8 + ((2.0, -1.5, 0.5),) * 2
+from ..kernels.newton_schulz import NEWTON_SCHULZ_COEFFICIENTS, newton_schulz, newton_schulz_reference
 
-# The Gram form starts afresh from X after this many of the ten iterations. Rounding leaves in each eigenvalue of X X^T
-# an error of about 1e-7, which grows by 3.4445^2 = 11.9 per iteration where the eigenvalue is small (or zero, when it
-# may turn negative). At its last use it is 2e-3 in the first five iterations and 7e-4 in the other five, which end with
-# growth by 2^2; without the restart it would be 160, and NaN soon. At condition 1e4 this costs a factor of 2 to 10 in
-# accuracy; restarts at 3 and 6 would win that back for up to 30 % more time.
-RESTART = 5
+__all__ = ["NEWTON_SCHULZ_COEFFICIENTS", "Muon", "momentum_dtype", "newton_schulz", "newton_schulz_reference"]
 
 # On the CPU a stack holds 512 KiB per thread, so that the passes of a step and the n x n products stay in the L2 cache:
 # 10 to 15 % faster for 48 experts of 128 x 256.
 CPU_ELEMENTS_PER_THREAD = 2**17
-
-
-def newton_schulz(matrices: Tensor) -> Tensor:
-    """The nearest semi-orthogonal matrix U V^T of each matrix U S V^T, by ten Newton-Schulz iterations.
-
-    Algorithm 1 of the DeepSeek-V4 paper: X <- a X + b (X X^T) X + c (X X^T)^2 X on the Frobenius-normalised input,
-    eight steps that lift small singular values quickly, then two whose derivative at 1 is zero and that settle there.
-    Singular values of at least 1e-4 of the Frobenius norm end in [1.000, 1.0021] but for rounding; those below 2e-5
-    stay short of 1.
-
-    Computed in the Gram form (`_gram_factor`) where that is cheaper: what multiplies X is a polynomial of the n x n
-    matrix X X^T, so X takes part in 4 products, not 20: 34 n^3 + 4 n^2 m multiply-adds against 10 n^3 + 20 n^2 m.
-
-    Args:
-        matrices: `[..., n, m]`, any floating dtype; works in float32, or float64 if given.
-
-    Returns:
-        `[..., n, m]` in the working dtype; zero where the input matrix is all zero.
-    """
-    n, m = sorted(matrices.shape[-2:])
-    if 2 * m < 3 * n or not _products_are_exact(matrices):
-        return newton_schulz_reference(matrices)
-    x, tall = _wide_stack(matrices)
-    gram = torch.bmm(x, x.mT)
-    square_norm = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None].clamp_min(torch.finfo(x.dtype).tiny)
-    factor = _gram_factor(gram.div_(square_norm), NEWTON_SCHULZ_COEFFICIENTS[:RESTART])
-    x = torch.bmm(factor.div_(square_norm.sqrt()), x)
-    factor = _gram_factor(torch.bmm(x, x.mT), NEWTON_SCHULZ_COEFFICIENTS[RESTART:])
-    x = torch.bmm(factor, x)
-    return (x.mT if tall else x).reshape(matrices.shape)
-
-
-def newton_schulz_reference(matrices: Tensor) -> Tensor:
-    """`newton_schulz` as the paper writes it: same arguments, same result but for rounding."""
-    x, tall = _wide_stack(matrices)
-    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
-    for a, b, c in NEWTON_SCHULZ_COEFFICIENTS:
-        gram = torch.bmm(x, x.mT)
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, polynomial, x, beta=a)
-    return (x.mT if tall else x).reshape(matrices.shape)
-
-
-def _wide_stack(matrices: Tensor) -> tuple[Tensor, bool]:
-    """`[..., n, m]` to `[b, n, m]` with n <= m in the working dtype, scaled to a largest element of 1; was it tall?"""
-    x = matrices.to(torch.promote_types(matrices.dtype, torch.float32)).reshape(-1, *matrices.shape[-2:])
-    x = x.mT if (tall := x.shape[-2] > x.shape[-1]) else x
-    # Squares of elements below 1e-19 would vanish from a float32 norm; amax of abs is 10x faster than an inf-norm.
-    return x / x.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny), tall
-
-
-def _gram_factor(gram: Tensor, coefficients: tuple[tuple[float, float, float], ...]) -> Tensor:
-    """Q `[b, n, n]`, such that Q X is X `[b, n, m]` after the given iterations, from gram = X X^T `[b, n, n]`.
-
-    With P = a I + b G + c G^2 an iteration is X <- P X, hence Q <- Q P and G <- P G P = (G P) P: P and G commute.
-    Only as plain products, though: with (G P) P^T, equal in exact arithmetic, the antisymmetric part of the rounding
-    error grows in every iteration (40 times the error at condition 1e2, NaN at 1e4 with a later restart).
-    """
-    factor: Tensor | None = None
-    for index, (a, b, c) in enumerate(coefficients):
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
-        factor = polynomial if factor is None else torch.bmm(factor, polynomial)
-        if index + 1 < len(coefficients):
-            gram = torch.bmm(torch.bmm(gram, polynomial), polynomial)
-    assert factor is not None
-    return factor
-
-
-def _products_are_exact(matrices: Tensor) -> bool:
-    """Whether torch multiplies float32 as such here; TF32 or BF16 products would drive the Gram form to NaN."""
-    backend = torch.backends.cuda if matrices.is_cuda else torch.backends.mkldnn
-    return backend.matmul.fp32_precision in ("none", "ieee") and not torch.is_autocast_enabled(matrices.device.type)
 
 
 class Muon(torch.optim.Optimizer):

@@ -15,6 +15,7 @@ from typing import Literal, get_args
 
 LrShape = Literal["constant", "linear", "cosine"]
 Attention = Literal["dense", "indexer_warmup", "sparse"]
+Compute = Literal["fp32", "bf16", "fp8", "fp4_qat"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Stage:
         bias_speed: step of the router's balancing biases.
         indexer_weight: factor of the indexer's KL loss under sparse attention; 0 trains no indexer. Not published for
             V4; the default is NVIDIA's (recipe 2.5).
+        compute: what matrix products compute in, as `precision.compute`, which None leaves it to. `fp4_qat` may begin
+            with any stage: the paper puts it after pretraining (recipe 8.2).
 
     Raises:
         ValueError: a value is out of range, or two values contradict each other.
@@ -61,6 +64,7 @@ class Stage:
     balance_weight: float = 1e-4
     bias_speed: float = 0.001
     indexer_weight: float = 0.01
+    compute: Compute | None = None
 
     def __post_init__(self) -> None:
         for key in ("tokens", "sequence_length", "batch_tokens", "batch_tokens_start", "lr"):
@@ -77,9 +81,10 @@ class Stage:
             if value is not None and value % self.sequence_length:
                 nearest = max(1, round(value / self.sequence_length)) * self.sequence_length
                 self._refuse(key, f"make it a multiple of sequence_length = {self.sequence_length}, e.g. {nearest}")
-        for key, choices in (("lr_shape", get_args(LrShape)), ("attention", get_args(Attention))):
+        modes = (*get_args(Compute), None)
+        for key, choices in (("lr_shape", get_args(LrShape)), ("attention", get_args(Attention)), ("compute", modes)):
             if getattr(self, key) not in choices:
-                self._refuse(key, f"choose one of {', '.join(choices)}")
+                self._refuse(key, f"choose one of {', '.join(choice or 'null' for choice in choices)}")
         if self.lr_shape == "constant" and self.lr_end not in (None, self.lr):
             self._refuse("lr_end", f"drop it (lr = {self.lr}), or set lr_shape to linear or cosine")
         if self.lr_shape != "constant" and self.lr_end is None:
@@ -137,6 +142,7 @@ class Plan:
     balance_weight: float
     bias_speed: float
     indexer_weight: float
+    compute: Compute | None = None
 
     @property
     def tokens(self) -> int:
@@ -231,6 +237,7 @@ class Schedule:
             balance_weight=0.0 if warms_indexer else stage.balance_weight,
             bias_speed=0.0 if warms_indexer else stage.bias_speed,
             indexer_weight=indexer_weight,
+            compute=stage.compute,
         )
 
     def _lr(self, index: int, step: int, tokens: int) -> float:

@@ -165,7 +165,7 @@ def recipe(size: str) -> tuple[TrainConfig, Schedule, list[tuple[int, Plan]]]:
 def test_pretraining_is_that_of_the_paper(size: str) -> None:
     wanted, (config, schedule, plans) = PUBLISHED[size], recipe(size)
     assert (config.name, config.model.hidden_size) == (f"pretrain_{size}", wanted.hidden_size)
-    assert (config.precision.compute, config.grad_clip) == ("bf16", 1.0)
+    assert (config.precision.compute, config.grad_clip) == ("fp8", 1.0)
     assert sum(stage.tokens for stage in config.stages) == wanted.tokens
     last_step, last = plans[-1]
     assert 0 <= schedule.total_tokens - wanted.tokens < last.tokens

@@ -2,7 +2,7 @@
 
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from .config import ConfigError
@@ -96,6 +96,10 @@ class Cluster:
     def __post_init__(self) -> None:
         if self.compute in ("fp8", "fp4_qat") and not self.gpu.fp8_tflops:
             raise ConfigError(f"compute={self.compute}: {self.gpu.name} has no FP8 arithmetic; choose compute=bf16")
+
+    def computing(self, compute: Compute | None) -> "Cluster":
+        """The same, in a stage that says what it computes in."""
+        return self if compute is None else replace(self, compute=compute)
 
     @property
     def capacity(self) -> float:

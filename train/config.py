@@ -23,7 +23,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 from ..data.config import Effort, SourceConfig
 from ..model.config import LoRAConfig, ModelConfig, Recompute, without_mtp
 from ..optim.config import OptimConfig
-from ..optim.schedule import Schedule, Stage
+from ..optim.schedule import Compute, Schedule, Stage
 
 CONF = Path(__file__).parents[1] / "conf"
 
@@ -80,12 +80,19 @@ class DataConfig:
 @dataclass(frozen=True)
 class PrecisionConfig:
     """Attributes:
-    compute: dtype of the residual streams and matrix products; trained weights and optimizer state are always float32.
+    compute: what matrix products compute in; a stage may say otherwise. fp32 and bf16 are dtypes of streams and
+        products. fp8: linear maps and experts multiply FP8 numbers (recipe 8.1). fp4_qat: as fp8, with the routed
+        experts' weights and the indexer's queries and keys rounded to FP4 before (recipe 8.2). Trained weights and
+        optimizer state are always float32.
+    streams: under fp8 and fp4_qat, dtype of the residual streams and of products that stay unrounded.
+    kv: fp8 rounds the attention's keys/values to what an FP8 cache would hold of them (recipe 2.1, 2.2).
     base: what the frozen weights under LoRA are kept in; `released` leaves them in FP8 and FP4 as they were published,
         and dequantises each where it is used.
     """
 
-    compute: Literal["fp32", "bf16"] = "fp32"
+    compute: Compute = "fp32"
+    streams: Literal["fp32", "bf16"] = "bf16"
+    kv: Literal["plain", "fp8"] = "plain"
     base: Literal["fp32", "bf16", "released"] = "fp32"
 
 
@@ -218,6 +225,13 @@ class TrainConfig:
                     f"stages: {stage.name!r} has attention=indexer_warmup, but model.compress_ratios="
                     f"{list(self.model.compress_ratios)} has no CSA layer, hence no indexer; drop the stage"
                 )
+        size = self.model.index_head_dim
+        modes = {stage.compute or self.precision.compute for stage in self.stages}
+        if "fp4_qat" in modes and "csa" in self.model.kinds and size & (size - 1):
+            raise ConfigError(
+                f"fp4_qat rotates the indexer's queries and keys, for which model.index_head_dim={size} must be a "
+                "power of two"
+            )
         if self.micro_batch_tokens < 1:
             raise ConfigError(f"micro_batch_tokens={self.micro_batch_tokens} must be positive")
         if self.threads is not None and self.threads < 1:
@@ -248,6 +262,15 @@ class TrainConfig:
     def _check_lora(self, lora: LoRAConfig) -> None:
         if self.pretrained is None:
             raise ConfigError("lora adapts a pretrained model; give model.pretrained=<folder of weights>")
+        for key, compute in (
+            ("precision.compute", self.precision.compute),
+            *((f"stages.{index}.compute", stage.compute) for index, stage in enumerate(self.stages)),
+        ):
+            if compute in ("fp8", "fp4_qat"):
+                raise ConfigError(
+                    f"{key}={compute}: the frozen weights of lora are used as they are; choose bf16 or fp32, or train "
+                    "all weights (run=finetune)"
+                )
         for index, stage in enumerate(self.stages):
             if stage.bias_speed:
                 raise ConfigError(

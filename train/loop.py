@@ -27,7 +27,7 @@ from ..model.transformer import Transformer
 from ..optim.groups import Optimizers, build_optimizers, clip_by_global_norm
 from ..optim.schedule import Plan, Schedule
 from .checkpoint import TrainState, latest_checkpoint, load_checkpoint, make_latest, remove_leftovers, save_checkpoint
-from .config import CheckpointError, ConfigError, TrainConfig, from_yaml, leaves, to_yaml
+from .config import CheckpointError, ConfigError, PrecisionConfig, TrainConfig, from_yaml, leaves, to_yaml
 from .dataset import Dataset, open_dataset
 from .environment import code_version, write_environment
 from .evaluation import Evaluation, evaluate, without_dropout
@@ -43,10 +43,9 @@ from .metrics import (
     summarize_rows,
     summary_table,
 )
+from .precision import apply_precision, describe_precision
 from .progress import progress_bar
 from .wandb_log import WandbLog
-
-COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def training_step(
@@ -138,10 +137,12 @@ def train(config: TrainConfig) -> Path:
         stack.callback(wandb.finish)
         validator = Validator(config, data, device)
         meter = Meter(config, device)
+        where = config.precision, device
 
         plan = schedule.plan(state.step, state.tokens)
         if plan is not None:
-            events.write(state.step, *beginning(resumed, plan, state, metrics.reached))
+            apply_precision(model, config.precision, plan.compute)
+            events.write(state.step, *beginning(resumed, state, metrics.reached, describe_stage(plan, *where)))
         untrained = None
         if plan is not None and state.step == 0:
             with meter.aside("validation"):
@@ -174,7 +175,8 @@ def train(config: TrainConfig) -> Path:
                 wandb.write(row)
             stage, plan = plan.stage, schedule.plan(state.step, state.tokens)
             if plan is not None and plan.stage != stage:
-                events.write(state.step, "stage", describe_stage(plan))
+                apply_precision(model, config.precision, plan.compute)
+                events.write(state.step, "stage", describe_stage(plan, *where))
             every = config.checkpoint.every
             if plan is None or (every and state.step % every == 0):
                 settle(meter, state, events)
@@ -188,6 +190,7 @@ def train(config: TrainConfig) -> Path:
         if meter.steps == 0 and (state.step > schedule.total_steps or concluded(run, state)):
             terminal.console.print(f"{run}: this run is complete at step {state.step}; raise steps= to go on")
         elif last := schedule.plan(state.step - 1, schedule.tokens_before(state.step - 1)):
+            apply_precision(model, config.precision, last.compute)
             conclude(run, terminal, wandb, config, data, model, state, validator(model, last, whole=True))
             events.write(state.step, "end", f"{state.tokens:,} tokens trained")
     return run
@@ -195,9 +198,8 @@ def train(config: TrainConfig) -> Path:
 
 def build_model(config: TrainConfig, device: torch.device) -> Transformer:
     """The model before its first step: random, or pretrained, with fresh adapters where the config asks for LoRA."""
-    compute = COMPUTE_DTYPES[config.precision.compute]
     if config.pretrained is None:
-        model = Transformer(config.model, compute, config.recompute)
+        model = Transformer(config.model, recompute=config.recompute)
         init_weights(model, config.seed)
         return model.to(device)
     base = config.precision.base
@@ -214,7 +216,7 @@ def build_model(config: TrainConfig, device: torch.device) -> Transformer:
         key = differing[0]
         found, wanted = getattr(model.config, key), getattr(config.model, key)
         raise ConfigError(f"model.{key}={wanted}: {config.pretrained} has {found}; leave it out")
-    model.compute_dtype, model.recompute = compute, config.recompute
+    model.recompute = config.recompute
     if config.lora is not None:
         try:
             add_lora(model, config.lora, config.seed)
@@ -360,19 +362,19 @@ class Validator:
         return ByteModel.fit(train, order).bits_per_byte(held_out)
 
 
-def beginning(resumed: Path | None, plan: Plan, state: TrainState, reached: int) -> tuple[str, str]:
+def beginning(resumed: Path | None, state: TrainState, reached: int, stage: str) -> tuple[str, str]:
     """Kind and text of the event that a process starts with; ``reached``: the last step that had been logged."""
     if resumed is None:
-        return "start", describe_stage(plan)
+        return "start", stage
     repeated = max(0, reached - state.step)
     again = f"; {repeated} logged steps are done again" if repeated else ""
     return "resume", f"from {resumed.name}{again}"
 
 
-def describe_stage(plan: Plan) -> str:
+def describe_stage(plan: Plan, precision: PrecisionConfig, device: torch.device) -> str:
     return (
         f"stage {plan.name}: rows of {plan.sequence_length:,} tokens, {plan.tokens:,} tokens a step, "
-        f"attention {plan.attention}"
+        f"attention {plan.attention}, {describe_precision(precision, plan.compute, device)}"
     )
 
 

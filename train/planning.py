@@ -136,6 +136,7 @@ def plan_stage(run: TrainConfig, stage: Stage, steps: int, cluster: Cluster, pla
     """
     if reason := why_impossible(run, stage, placement):
         raise ConfigError(f"stage {stage.name!r} is impossible: {reason}")
+    cluster = cluster.computing(stage.compute)
     micro_batches = math.ceil(rows_per_step(stage) / (placement.replicas * placement.rows))
     tokens = placement.rows * stage.sequence_length / placement.layout.context  # of a GPU, in a micro-batch
     compute = {name: micro_batches * value for name, value in _compute(run, stage, cluster, placement, tokens).items()}
@@ -175,7 +176,8 @@ def stage_memory(run: TrainConfig, stage: Stage, cluster: Cluster, placement: Pl
         rows=placement.rows,
         length=stage.sequence_length,
         attention=stage.attention,
-        compute=cluster.compute,
+        compute=stage.compute or cluster.compute,
+        streams=run.precision.streams,
         recompute=placement.recompute,
         matrices=run.optim.matrices,
         mtp=stage.mtp_weight > 0 and stage.attention != "indexer_warmup",
@@ -473,7 +475,10 @@ def measured_shares(folder: Path, gpu: GpuConfig) -> Shares:
     run = found[1]
     last = [row for row in rows[1:] if row["train/stage"] == rows[-1]["train/stage"]] or rows[-1:]
     stage = run.stages[int(rows[-1]["train/stage"])]
-    ideal = Cluster(gpu, 1, Shares(1, 1, 1, 1, 1, 0), run.precision.compute)
+    compute = stage.compute or run.precision.compute
+    if compute in ("fp8", "fp4_qat") and not gpu.fp8_tflops:  # emulated at the rate of the streams' dtype
+        compute, stage = run.precision.streams, replace(stage, compute=None)
+    ideal = Cluster(gpu, 1, Shares(1, 1, 1, 1, 1, 0), compute)
     micro_rows = max(1, min(run.micro_batch_tokens, stage.batch_tokens) // stage.sequence_length)
     plan = plan_stage(run, stage, 1, ideal, Placement(Layout(), micro_rows, run.recompute))
     share = median(row["train/tokens_per_second"] for row in last) / plan.tokens_per_second
