@@ -90,9 +90,16 @@ figures: .venv/.dev
 bench: .venv/.dev
 	env -u OMP_WAIT_POLICY $(BIN)/pytest tests/test_benchmark.py --bench -s
 
-# On a machine with a CUDA device: the tests marked gpu.
-gpu: .venv/.dev
-	$(BIN)/pytest -m gpu
+# On a machine with a CUDA device, and perhaps nothing else: the tests of the kernels, then the benchmarks, in groups of
+# less than ten minutes, to docs/results/ or the folder OPENV4_GPU_RESULTS. Nothing is installed; what is missing is
+# skipped and named. `make gpu GROUP=mhc`, or several: GROUP=correctness,mhc.
+GROUP ?= all
+GPU_PYTHON ?= $(shell $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null \
+	&& echo $(BIN)/python || echo $(PYTHON))
+gpu:
+	@$(GPU_PYTHON) -c 'import torch' || { echo "$(GPU_PYTHON) has no torch; set GPU_PYTHON=..."; exit 1; }
+	@mkdir -p .ns && ln -sfn .. .ns/openv4
+	PYTHONPATH=$(CURDIR)/.ns:$(CURDIR)/tests $(GPU_PYTHON) tests/gpu_run.py $(GROUP)
 
 clean:
 	rm -rf .venv .ns build *.egg-info .mypy_cache .ruff_cache .pytest_cache

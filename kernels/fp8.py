@@ -1,38 +1,58 @@
 """FP8 products as V3 and V4 train with: E4M3, activations in groups of 1 x 128, weights in blocks of 128 x 128.
 
 A value is rounded to code times scale, the scale 2^ceil(log2(largest / 448)) of its group, its largest at least 1e-4
-(recipe 8.1). Code times scale has a significand of 4 bits, so bfloat16 and float32 hold it: what is called *rounded* here
-is dequantised, and products of rounded values with float32 sums are the products of FP8 tensor cores, exactly. Where a
-group holds something that is not finite, it becomes NaN as a whole, and the trainer skips the step.
+(recipe 8.1). Code times scale has a significand of 4 bits, so bfloat16 and float32 hold it: what is called *rounded*
+here is dequantised, and products of rounded values with float32 sums are the products of FP8 tensor cores, exactly.
+Where a group holds something that is not finite, it becomes NaN as a whole, and the trainer skips the step.
 
-Shapes: I input features, O output features, G groups of a grouped product, M tokens.
+Shapes: I input features, O output features, G groups of a grouped product, M tokens, F hidden of a SwiGLU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from importlib import import_module
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import implementation, jit, tl, triton
-from .numerics import cast, e4m3_code, e4m3_value, power_of_two, scale_exponent
-from .quantize import FP8_BLOCK, FP8_FLOOR
+from .dispatch import INTERPRETED, implementation, jit, tl, triton
+from .numerics import cast
+from .quantize import (
+    E4M3,
+    FP8_BLOCK,
+    Grid,
+    blocks_on_device,
+    code_of,
+    largest_of,
+    nearest,
+    nearest_to,
+    powers,
+    scale_bits,
+    scale_byte,
+    scale_of,
+)
 
-# Elements that are rounded at once on a CPU: what is made on the way stays in the cache.
-CPU_ELEMENTS = 2**16
+_INTERPRETED = INTERPRETED if tl is None else tl.constexpr(INTERPRETED)
+libdevice = None if tl is None else import_module("triton.language.extra.libdevice")
+
+# Elements that are rounded at once on a CPU: what is made on the way stays in the cache (measured: 2^16 to 2^18 take
+# the same time, within noise; with 2^20 it is 1.6 times that).
+CPU_ELEMENTS = 2**17
 
 
 def round_rows(x: Tensor, group: int = FP8_BLOCK) -> Tensor:
-    """``x [..., I]`` rounded in groups along its last dimension, in its dtype; the last group may be short."""
+    """``x [..., I]`` rounded in groups along its last dimension, in its dtype; the last group may be short.
+
+    Like all roundings here it has no gradient: autograd functions call it.
+    """
     if not x.numel():
         return x
     if implementation(x) == "triton":
-        return _round_on_device(x, group, transposed=False)
-    rows = x.reshape(-1, x.shape[-1])
-    return _by_chunks(rows, lambda part: _rounded(part, (1, group)), rows.shape[-1], 1).view(x.shape)
+        return rows_on_device(x, E4M3, group)
+    return round_matrix(x.reshape(-1, x.shape[-1]), (1, group), E4M3).view(x.shape)
 
 
 def round_columns(x: Tensor, group: int = FP8_BLOCK) -> Tensor:
@@ -40,12 +60,8 @@ def round_columns(x: Tensor, group: int = FP8_BLOCK) -> Tensor:
     if not x.numel():
         return x
     if implementation(x) == "triton":
-        return _round_on_device(x, group, transposed=True)
-    return torch.stack([_columns(matrix, group) for matrix in x.reshape(-1, *x.shape[-2:])]).view(x.shape)
-
-
-def _columns(matrix: Tensor, group: int) -> Tensor:
-    return _by_chunks(matrix, lambda part: _rounded(part, (group, 1)), matrix.shape[-1], group)
+        return _columns_on_device(x, group)
+    return _each(x, (group, 1), x.dtype)
 
 
 @torch.no_grad()
@@ -54,14 +70,42 @@ def round_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
     if not weight.numel():
         return weight.to(dtype)
     if implementation(weight) == "triton":
-        return _round_blocks_on_device(weight, dtype)
-    rounded = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    flat = rounded.view(-1, *weight.shape[-2:])
-    for matrix, out in zip(weight.reshape(flat.shape), flat, strict=True):
-        size = _whole(FP8_BLOCK, matrix.shape[-1])
-        for part, place in zip(matrix.split(size), out.split(size), strict=True):
-            place.copy_(_rounded(part, (FP8_BLOCK, FP8_BLOCK)))
-    return rounded
+        (rounded,) = blocks_on_device(weight, dtype)
+        return rounded
+    return _each(weight, (FP8_BLOCK, FP8_BLOCK), dtype)
+
+
+@torch.no_grad()
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """What ``round_rows`` rounds to: codes ``[..., I]`` float8_e4m3fn, scales ``[..., ceil(I / 128)]`` float8_e8m0fnu."""
+    codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+    scales = codes.new_empty(*x.shape[:-1], -(-x.shape[-1] // FP8_BLOCK))
+    if not x.numel():
+        return codes.view(torch.float8_e4m3fn), scales.view(torch.float8_e8m0fnu)
+    if implementation(x) == "triton":
+        _rows_launch(x.contiguous(), E4M3, FP8_BLOCK, x.shape[-1], codes=codes, scales=scales)
+        return codes.view(torch.float8_e4m3fn), scales.view(torch.float8_e8m0fnu)
+    matrix = x.reshape(-1, x.shape[-1])
+    blocks = in_blocks(matrix, (1, FP8_BLOCK))
+    scale = powers(blocks.abs().amax((1, 3), keepdim=True), E4M3)
+    fp8 = as_matrix(blocks.mul_(scale.reciprocal()).to(torch.float8_e4m3fn), matrix.shape)
+    return fp8.reshape(x.shape), scale.reshape(scales.shape).to(torch.float8_e8m0fnu)
+
+
+@torch.no_grad()
+def swiglu_fp8(gate: Tensor, up: Tensor, limit: float) -> tuple[Tensor, Tensor, Tensor]:
+    """``clamped_swiglu`` of ``[..., F]`` in the dtype of ``gate``, and what ``quantize_rows`` makes of it (recipe 3, 8.1).
+
+    Returns:
+        hidden ``[..., F]``, its codes and their scales.
+    """
+    if gate.numel() and implementation(gate, up) == "triton":
+        return _swiglu_on_device(gate, up, limit)
+    wide, other = gate.float(), up.float()
+    if limit > 0:
+        wide, other = wide.clamp(max=limit), other.clamp(-limit, limit)
+    hidden = (F.silu(wide) * other).to(gate.dtype)
+    return hidden, *quantize_rows(hidden)
 
 
 def fp8_linear(x: Tensor, weight: Tensor, rounded: Tensor, groups: int = 1) -> Tensor:
@@ -105,12 +149,19 @@ class _FP8Linear(torch.autograd.Function):
                 round_columns(t.reshape(-1, ctx.groups, t.shape[-1]).transpose(0, 1).contiguous())
                 for t in (gradient, x)
             )
-            to_weight = torch.bmm(left.mT.float(), right.float()).flatten(0, 1).to(ctx.dtype)
+            to_weight = _wide_product(left.mT, right).flatten(0, 1).to(ctx.dtype)
         return to_x, to_weight, None, None
 
 
+def _wide_product(left: Tensor, right: Tensor) -> Tensor:
+    """Of stacks of matrices, the sums in float32 and returned so."""
+    if left.is_cuda and left.dtype == torch.bfloat16:
+        return torch.bmm(left, right, out_dtype=torch.float32)
+    return torch.bmm(left.float(), right.float())
+
+
 def fake_quantize_kv(x: Tensor, rotary: int, group: int = 64) -> Tensor:
-    """Keys/values ``[..., C]`` as an FP8 cache holds them: all but the last ``rotary`` channels rounded in groups of 64.
+    """Keys/values ``[..., C]`` as an FP8 cache holds them: all but ``rotary`` last channels rounded in groups of 64.
 
     The gradient passes unchanged. Source: recipe 2.1 and 2.2 (rounding to E4M3, which early copies of the official code
     left out; recipe 8.1).
@@ -122,8 +173,10 @@ def fake_quantize_kv(x: Tensor, rotary: int, group: int = 64) -> Tensor:
 class _FakeKV(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, rotary: int, group: int) -> Tensor:
-        still, turned = x.split([x.shape[-1] - rotary, rotary], -1)
-        return torch.cat((round_rows(still, group), turned), -1)
+        still = x.shape[-1] - rotary
+        if x.numel() and implementation(x) == "triton":
+            return rows_on_device(x, E4M3, group, still)
+        return torch.cat((round_rows(x[..., :still], group), x[..., still:]), -1)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -132,135 +185,219 @@ class _FakeKV(torch.autograd.Function):
 
 def fp8_counts(x: Tensor, group: int = FP8_BLOCK) -> Tensor:
     """Of ``round_rows(x)``: elements on the largest code, elements that were not zero and are, all; float32 ``[3]``."""
-    return _counts(x.reshape(-1, x.shape[-1]), (1, group))
+    return count(x.reshape(-1, x.shape[-1]), (1, group), E4M3)
 
 
 def fp8_weight_counts(weight: Tensor) -> Tensor:
     """The same of ``round_weight``, of one matrix ``[O, I]``."""
-    return _counts(weight, (FP8_BLOCK, FP8_BLOCK))
+    return count(weight, (FP8_BLOCK, FP8_BLOCK), E4M3)
+
+
+# What roundings to FP8 and to FP4 share: matrices [M, I] in blocks of so many rows and columns.
 
 
 @torch.no_grad()
-def _counts(matrix: Tensor, block: tuple[int, int]) -> Tensor:
-    codes = _codes(_blocks(matrix, block))[0].float().abs()
-    vanished = (codes == 0).sum() - (_blocks(matrix, block) == 0).sum()
-    return torch.stack(((codes == 448).sum(), vanished, vanished.new_tensor(matrix.numel()))).float()
+def count(matrix: Tensor, block: tuple[int, int], grid: Grid) -> Tensor:
+    """Of a rounding: elements on the largest code, elements that were not zero and are, all; float32 ``[3]``."""
+    blocks = in_blocks(matrix, block)
+    zeros = (blocks == 0).sum()
+    scale = powers(blocks.abs().amax((1, 3), keepdim=True), grid)
+    codes = nearest(blocks.mul_(scale.reciprocal()), grid).abs_()
+    vanished = (codes == 0).sum() - zeros
+    return torch.stack(((codes == grid.largest).sum(), vanished, vanished.new_tensor(matrix.numel()))).float()
 
 
-def _by_chunks(matrix: Tensor, function: Callable[[Tensor], Tensor], width: int, unit: int) -> Tensor:
-    """``function`` of some rows of ``[M, I]`` at a time, whole groups of ``unit`` rows, joined."""
-    if matrix.numel() <= 2 * CPU_ELEMENTS or matrix.device.type != "cpu":
-        return function(matrix)
-    return torch.cat([function(part) for part in matrix.split(_whole(unit, width))])
+def _each(matrices: Tensor, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """``round_matrix`` of each matrix of a stack ``[..., M, I]``."""
+    out = torch.empty(matrices.shape, dtype=dtype, device=matrices.device)
+    shape = (-1, *matrices.shape[-2:])
+    for matrix, place in zip(matrices.reshape(shape), out.view(shape), strict=True):
+        round_matrix(matrix, block, E4M3, place)
+    return out
 
 
-def _whole(unit: int, width: int) -> int:
-    """About as many rows of that width as are rounded at once, whole units."""
-    return max(1, CPU_ELEMENTS // (width * unit)) * unit
+@torch.no_grad()
+def round_matrix(matrix: Tensor, block: tuple[int, int], grid: Grid, out: Tensor | None = None) -> Tensor:
+    """``[M, I]`` rounded, into ``out`` or in its dtype."""
+    out = torch.empty(matrix.shape, dtype=matrix.dtype, device=matrix.device) if out is None else out
+    for part, place in zip(parts(matrix, block), parts(out, block), strict=True):
+        values, _ = round_blocks(part, block, grid)
+        place.copy_(as_matrix(values, part.shape))
+    return out
 
 
-def _rounded(matrix: Tensor, block: tuple[int, int]) -> Tensor:
-    """``[M, I]`` rounded in blocks of so many rows and columns, in its dtype."""
-    codes, scale = _codes(_blocks(matrix, block))
-    values = codes.float().mul_(scale).flatten(-2).flatten(-3, -2)
-    return values[: matrix.shape[0], : matrix.shape[1]].to(matrix.dtype)
+def parts(matrix: Tensor, block: tuple[int, int]) -> Iterator[Tensor]:
+    """Whole blocks of ``matrix`` that are rounded at once: all of it, but on a CPU what fits into the cache."""
+    if matrix.device.type != "cpu":
+        yield matrix
+        return
+    columns = max(block[1], CPU_ELEMENTS // (block[0] * block[1]) * block[1])
+    rows = max(1, CPU_ELEMENTS // (block[0] * min(columns, matrix.shape[1]))) * block[0]
+    for band in matrix.split(rows):
+        yield from band.split(columns, 1)
 
 
-def _blocks(matrix: Tensor, block: tuple[int, int]) -> Tensor:
-    """``[M, I]`` as float32 ``[rows of blocks, rows, columns of blocks, columns]``, padded with zeros."""
+def round_blocks(part: Tensor, block: tuple[int, int], grid: Grid) -> tuple[Tensor, Tensor]:
+    """``in_blocks(part)`` rounded, and the scales, which broadcast over it."""
+    blocks = in_blocks(part, block)
+    sizes = blocks.abs()
+    largest = sizes.amax((1, 3), keepdim=True) if 1 in block else sizes.amax(3, keepdim=True).amax(1, keepdim=True)
+    scale = powers(largest, grid)
+    # Both powers of two are exact, and so are the products.
+    return nearest(blocks.mul_(scale.reciprocal()), grid).mul_(scale), scale
+
+
+def in_blocks(matrix: Tensor, block: tuple[int, int]) -> Tensor:
+    """A copy in float32 as ``[rows of blocks, rows, columns of blocks, columns]``, padded with zeros."""
     down, across = -matrix.shape[0] % block[0], -matrix.shape[1] % block[1]
-    wide = matrix.float()
-    padded = F.pad(wide, (0, across, 0, down)) if down or across else wide
-    return padded.unflatten(1, (-1, block[1])).unflatten(0, (-1, block[0]))
+    if down or across:
+        padded = F.pad(matrix.float(), (0, across, 0, down))
+    else:
+        padded = matrix.to(torch.float32, copy=True)
+    blocks: Tensor = padded.unflatten(1, (-1, block[1])).unflatten(0, (-1, block[0]))
+    return blocks
 
 
-def _codes(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """E4M3 codes of ``_blocks``, and the scales, which broadcast over them; NaN where a block is not finite."""
-    largest = blocks.abs().amax((1, 3), keepdim=True).clamp_(min=FP8_FLOOR)
-    # ceil(log2(largest / 448)) from the bits of a float32: 448 is 1.75 * 2^8, so a larger significand than 1.75 carries
-    # into the exponent. Both powers of two are exact, and so are the products.
-    exponent = largest.view(torch.int32).add(0x1FFFFF).bitwise_right_shift_(23).sub_(8)  # biased by 127
-    scale = exponent.bitwise_left_shift(23).view(torch.float32)
-    inverse = exponent.neg_().add_(254).bitwise_left_shift_(23).view(torch.float32)
-    scale = torch.where(largest.isfinite(), scale, torch.nan)
-    return (blocks * inverse).to(torch.float8_e4m3fn), scale
+def as_matrix(blocks: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The inverse of ``in_blocks``."""
+    return blocks.flatten(2).flatten(0, 1)[: shape[0], : shape[1]]
 
 
 # Triton: the same, one pass.
 
 
 @jit
-def _round_kernel(x, out, rows, columns, stride, GROUP: tl.constexpr, ROWS: tl.constexpr, WHOLE: tl.constexpr):
-    """ROWS rows of one group of columns each: ``[rows, columns]``, rows ``stride`` apart."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    lane = tl.arange(0, WHOLE)
-    column = tl.program_id(1) * GROUP + lane
-    inside = (row < rows)[:, None] & ((lane < GROUP) & (column < columns))[None, :]
-    at = row[:, None] * stride + column[None, :]
+def _round_kernel(
+    x, out, codes, scales, rows, columns, still,
+    MAX: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr, MANY: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """MANY groups of ROWS rows of ``[rows, columns]``, to codes and scales, or dequantised; columns from ``still`` on
+    stay as they are. WHOLE is the power of two from GROUP on."""
+    tiles = tl.cdiv(columns, GROUP * MANY)
+    row = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    group, lane = tl.program_id(0) % tiles * MANY + tl.arange(0, MANY), tl.arange(0, WHOLE)
+    column = group[:, None] * GROUP + lane[None, :]
+    inside = (row < rows)[:, None, None] & ((lane < GROUP)[None, :] & (column < columns))[None, :, :]
+    at = row[:, None, None] * columns + column[None, :, :]
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    largest = tl.maximum(tl.max(tl.abs(value), 1), 1e-4)
-    exponent = scale_exponent(largest, 448)[:, None]
-    rounded = e4m3_value(e4m3_code(value * power_of_two(-exponent))) * power_of_two(exponent)
-    # tl.max may pass over a NaN, so each value is asked.
-    broken = tl.max(1 - (tl.abs(value) < float("inf")).to(tl.int32), 1)[:, None]
-    rounded = tl.where(broken != 0, float("nan"), rounded)
-    tl.store(out + at, cast(rounded, out.dtype.element_ty), mask=inside)
+    moved = (column < still)[None, :, :]
+    largest = largest_of(tl.where(moved, value, 0.0), 2)
+    scale, inverse = scale_of(largest, MAX)
+    scaled = value * inverse[:, :, None]
+    if out is not None:
+        rounded = tl.where(moved, nearest_to(scaled, MAX) * scale[:, :, None], value)
+        tl.store(out + at, cast(rounded, out.dtype.element_ty), mask=inside)
+    else:
+        tl.store(codes + at, code_of(scaled, (largest < 0x7F800000)[:, :, None]), mask=inside)
+        groups = tl.cdiv(columns, GROUP)
+        inside = (row < rows)[:, None] & (group < groups)[None, :]
+        byte = scale_byte(scale_bits(largest, MAX), largest)
+        tl.store(scales + row[:, None] * groups + group[None, :], byte, mask=inside)
 
 
 @jit
 def _round_columns_kernel(x, out, rows, columns, GROUP: tl.constexpr, WHOLE: tl.constexpr, COLUMNS: tl.constexpr):
     """One group of rows of COLUMNS columns, of one matrix of a stack ``[matrices, rows, columns]``."""
+    tiles = tl.cdiv(columns, COLUMNS)
     lane = tl.arange(0, WHOLE)
-    row = tl.program_id(0).to(tl.int64) * GROUP + lane
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    row = tl.program_id(0) // tiles * GROUP + lane
+    column = tl.program_id(0) % tiles * COLUMNS + tl.arange(0, COLUMNS)
     inside = ((lane < GROUP) & (row < rows))[:, None] & (column < columns)[None, :]
-    at = (tl.program_id(2).to(tl.int64) * rows + row)[:, None] * columns + column[None, :]
+    at = (tl.program_id(1).to(tl.int64) * rows + row)[:, None] * columns + column[None, :]
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    largest = tl.maximum(tl.max(tl.abs(value), 0), 1e-4)
-    exponent = scale_exponent(largest, 448)[None, :]
-    rounded = e4m3_value(e4m3_code(value * power_of_two(-exponent))) * power_of_two(exponent)
-    broken = tl.max(1 - (tl.abs(value) < float("inf")).to(tl.int32), 0)[None, :]
-    rounded = tl.where(broken != 0, float("nan"), rounded)
+    scale, inverse = scale_of(largest_of(value, 0), 448)
+    rounded = nearest_to(value * inverse[None, :], 448) * scale[None, :]
     tl.store(out + at, cast(rounded, out.dtype.element_ty), mask=inside)
 
 
 @jit
-def _round_blocks_kernel(x, out, rows, columns, BLOCK: tl.constexpr):
-    """One block of one matrix of a stack ``[matrices, rows, columns]``."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+def _silu(x):
+    """On a GPU to the bit as torch computes it: the exponential of CUDA's library and a division that is rounded."""
+    if _INTERPRETED:
+        return x / (1 + tl.exp(-x))
+    else:
+        return tl.div_rn(x, 1 + libdevice.exp(-x))
+
+
+@jit
+def _swiglu_kernel(gate, up, hidden, codes, scales, rows, columns, limit, CLAMP: tl.constexpr, ROWS: tl.constexpr):
+    """One group of 128 of ROWS rows."""
+    groups = tl.cdiv(columns, 128)
+    row = (tl.program_id(0) // groups).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    group = tl.program_id(0) % groups
+    column = group * 128 + tl.arange(0, 128)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
-    at = (tl.program_id(2).to(tl.int64) * rows + row)[:, None] * columns + column[None, :]
-    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    largest = tl.maximum(tl.max(tl.max(tl.abs(value), 1), 0), 1e-4)
-    exponent = scale_exponent(largest, 448)
-    rounded = e4m3_value(e4m3_code(value * power_of_two(-exponent))) * power_of_two(exponent)
-    broken = tl.max(tl.max(1 - (tl.abs(value) < float("inf")).to(tl.int32), 1), 0)
-    rounded = tl.where(broken != 0, float("nan"), rounded)
-    tl.store(out + at, cast(rounded, out.dtype.element_ty), mask=inside)
+    at = row[:, None] * columns + column[None, :]
+    a = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
+    if CLAMP:
+        # As torch's clamp: NaN stays.
+        a = tl.where(a > limit, limit, a)
+        b = tl.where(b > limit, limit, tl.where(b < -limit, -limit, b))
+    made = cast(_silu(a) * b, hidden.dtype.element_ty)
+    tl.store(hidden + at, made, mask=inside)
+    value = made.to(tl.float32)
+    largest = largest_of(value, 1)
+    bits = scale_bits(largest, 448)
+    _, inverse = scale_of(largest, 448)
+    tl.store(codes + at, code_of(value * inverse[:, None], (largest < 0x7F800000)[:, None]), mask=inside)
+    tl.store(scales + row * groups + group, scale_byte(bits, largest), mask=row < rows)
 
 
-def _round_on_device(x: Tensor, group: int, transposed: bool) -> Tensor:
+def rows_on_device(x: Tensor, grid: Grid, group: int, still: int | None = None) -> Tensor:
+    """``x [..., I]`` rounded in groups along its last dimension, but for what follows its first ``still`` channels."""
     x = x.contiguous()
     out = torch.empty_like(x)
-    whole = triton.next_power_of_2(group)
-    rows, columns = x.shape[-2] if x.dim() > 1 else 1, x.shape[-1]
-    if transposed:
-        wide = 64
-        grid = (triton.cdiv(rows, group), triton.cdiv(columns, wide), x.numel() // (rows * columns))
-        _round_columns_kernel[grid](x, out, rows, columns, GROUP=group, WHOLE=whole, COLUMNS=wide)
-        return out
+    _rows_launch(x, grid, group, x.shape[-1] if still is None else still, out=out)
+    return out
+
+
+def _rows_launch(
+    x: Tensor,
+    grid: Grid,
+    group: int,
+    still: int,
+    out: Tensor | None = None,
+    codes: Tensor | None = None,
+    scales: Tensor | None = None,
+) -> None:
+    columns, whole = x.shape[-1], triton.next_power_of_2(group)
     rows = x.numel() // columns
-    tall = max(1, 4096 // whole)
-    grid = (triton.cdiv(rows, tall), triton.cdiv(columns, group))
-    _round_kernel[grid](x, out, rows, columns, columns, GROUP=group, ROWS=tall, WHOLE=whole)
+    many = max(1, min(FP8_BLOCK, triton.next_power_of_2(columns)) // whole)
+    tall = max(1, 4096 // (whole * many))
+    programs = triton.cdiv(rows, tall) * triton.cdiv(columns, group * many)
+    _round_kernel[(programs,)](
+        x,
+        out,
+        codes,
+        scales,
+        rows,
+        columns,
+        still,
+        MAX=int(grid.largest),
+        GROUP=group,
+        WHOLE=whole,
+        MANY=many,
+        ROWS=tall,
+    )
+
+
+def _columns_on_device(x: Tensor, group: int) -> Tensor:
+    x, (rows, columns) = x.contiguous(), x.shape[-2:]
+    out, wide = torch.empty_like(x), 64
+    grid = (triton.cdiv(rows, group) * triton.cdiv(columns, wide), x.numel() // (rows * columns))
+    _round_columns_kernel[grid](x, out, rows, columns, GROUP=group, WHOLE=triton.next_power_of_2(group), COLUMNS=wide)
     return out
 
 
-def _round_blocks_on_device(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    weight = weight.contiguous()
-    out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    rows, columns = weight.shape[-2:]
-    grid = (triton.cdiv(rows, FP8_BLOCK), triton.cdiv(columns, FP8_BLOCK), weight.numel() // (rows * columns))
-    _round_blocks_kernel[grid](weight, out, rows, columns, BLOCK=FP8_BLOCK, num_warps=8)
-    return out
+def _swiglu_on_device(gate: Tensor, up: Tensor, limit: float) -> tuple[Tensor, Tensor, Tensor]:
+    gate, up = gate.contiguous(), up.contiguous()
+    columns = gate.shape[-1]
+    rows, groups = gate.numel() // columns, triton.cdiv(columns, FP8_BLOCK)
+    hidden = torch.empty_like(gate)
+    codes = torch.empty_like(gate, dtype=torch.uint8)
+    scales = codes.new_empty(*gate.shape[:-1], groups)
+    _swiglu_kernel[(triton.cdiv(rows, 32) * groups,)](
+        gate, up, hidden, codes, scales, rows, columns, float(limit), CLAMP=limit > 0, ROWS=32
+    )
+    return hidden, codes.view(torch.float8_e4m3fn), scales.view(torch.float8_e8m0fnu)

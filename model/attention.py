@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.attention import hybrid_attention
-from ..kernels.compressor import compress
+from ..kernels.compressor import compress_entries
 from ..kernels.decode import continue_blocks, continue_documents
 from ..kernels.documents import Blocks, Documents, find_blocks, find_documents
-from ..kernels.indexer import Attended, IndexerLoss, indexer_loss, select_entries, selection_recall
-from ..kernels.norm import at_least_fp32, rms_norm
-from ..kernels.rope import apply_rope, rope_frequencies, rope_table
+from ..kernels.indexer import select_entries
+from ..kernels.indexer_loss import Attended, IndexerLoss, indexer_loss, selection_recall
+from ..kernels.norm import at_least_fp32
+from ..kernels.rope import apply_rope, norm_rope, rope_frequencies, rope_table
 from .cache import CompressorCache, LayerCache, pending
 from .config import AttentionMode, ModelConfig
 from .layers import GroupedLinear, Linear, RMSNorm
@@ -130,8 +131,9 @@ class Compressor(nn.Module):
             kv, gate = cache.kv.extend(kv, keep), cache.gate.extend(gate, keep)
             new = slice(geometry.past // self.ratio - again, None)
             blocks = blocks._replace(start=blocks.start[:, new] + carried, chained=blocks.chained[:, new])
-        entries = self.norm(compress(kv, gate, self.ape, blocks, self.overlap)[:, again:])
-        entries = apply_rope(entries, geometry.entry_rope[self.ratio]).to(x.dtype)
+        norm, rope = self.norm, geometry.entry_rope[self.ratio]
+        entries = compress_entries(kv, gate, self.ape, blocks, self.overlap, norm.weight, norm.eps, rope, skip=again)
+        entries = entries.to(x.dtype)
         if self.simulate is not None:
             entries = self.simulate(entries)
         return entries if cache is None else cache.entries.append(entries)
@@ -201,8 +203,8 @@ class Attention(nn.Module):
         rope = geometry.compressed_rope if self.ratio else geometry.window_rope
         q_latent = self.q_norm(self.wq_a(x))
         q = self.wq_b(q_latent).unflatten(-1, (self.heads, self.dim))
-        q = apply_rope(rms_norm(q, eps=self.eps), rope)
-        kv = apply_rope(self.kv_norm(self.wkv(x)), rope)
+        q = norm_rope(q, None, self.eps, rope)
+        kv = norm_rope(self.wkv(x), self.kv_norm.weight, self.eps, rope)
         if self.simulate is not None:
             kv = self.simulate(kv)
         if cache is not None:

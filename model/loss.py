@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..kernels.cross_entropy import IGNORED, linear_cross_entropy, token_cross_entropy
 from ..kernels.hyper_connection import composite_gains
-from ..kernels.indexer import IndexerLoss
+from ..kernels.indexer_loss import IndexerLoss
 from .attention import AttentionTask, IndexerReport
 from .config import AttentionMode
 from .transformer import BlockReport, Transformer

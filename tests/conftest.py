@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
 
 from cli_cases import SMALL_RUN, TEXTS, VOCAB, Result, Run, console, write_texts
 from finetune_cases import conversations, write_base, write_chat
+from thread_fixtures import _two_threads, one_thread  # noqa: F401 (fixtures)
 
 from openv4.data.prepare import KING_JAMES, PrepareConfig, ensure_prepared, prepare
 
@@ -24,12 +25,6 @@ os.environ.setdefault("WANDB_MODE", "offline")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--bench", action="store_true", help="run the benchmarks and write docs/results/")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _two_threads() -> None:
-    """As many as the smallest machine has, so that sums have the same order everywhere."""
-    torch.set_num_threads(2)
 
 
 @pytest.fixture(scope="session")
@@ -48,15 +43,6 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = PrepareConfig(input=str(folder / "text.jsonl"), output=str(folder / "prepared"), vocab_size=512)
     prepare(config)
     return folder / "prepared"
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """For tests of many tiny operations, where a second thread only waits; undoes what `train` sets in the process."""
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(2)
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from openv4.kernels.documents import Blocks
-from openv4.kernels.indexer import Attended, indexer_loss_reference
+from openv4.kernels.indexer_loss import Attended, indexer_loss_reference
 from openv4.model import ModelConfig
 from openv4.model.shapes import tensor_shapes
 

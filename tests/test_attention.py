@@ -4,13 +4,14 @@ from typing import Any
 
 import pytest
 import torch
+from attention_cases import KINDS, PACKINGS, draw
+from attention_cases import pack as pack
 from model_cases import relative_rms
 from torch import Tensor
 
 from openv4.kernels import attention
 from openv4.kernels.attention import hybrid_attention, hybrid_attention_reference
-from openv4.kernels.documents import find_blocks, find_documents
-from openv4.kernels.indexer import select_top_k
+from openv4.kernels.documents import find_documents
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -18,58 +19,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # sqrt(n) roundings: n is some thousand here, a rounding 6e-8 in float32 and 1e-16 in float64, and a result passes
 # through two or three such sums. That is 1e-5 and 2e-14; the latter is rounded up.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
-
-KINDS = ["window", "dense", "sparse"]
-PACKINGS = ["one document", "random", "single tokens", "padded"]
-
-
-def pack(packing: str, batch: int, length: int, generator: torch.Generator) -> Tensor:
-    """Segments ``[B, T]``; "padded" has padding at the end, in the middle, and one row of nothing else."""
-    if packing == "one document":
-        return torch.zeros(batch, length, dtype=torch.long)
-    if packing == "single tokens":
-        return torch.arange(length).expand(batch, -1).contiguous()
-    segments = (torch.rand(batch, length, generator=generator) < 0.05).long().cumsum(1)
-    if packing == "padded":
-        segments[:, length - length // 4 :] = -1
-        segments[0, length // 3 : length // 2] = -1
-        segments[-1] = -1 if batch > 1 else segments[-1]
-    return segments
-
-
-def draw(
-    kind: str,
-    packing: str,
-    length: int,
-    window: int,
-    ratio: int = 4,
-    k: int = 5,
-    batch: int = 2,
-    heads: int = 3,
-    dim: int = 6,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Arguments of ``hybrid_attention``, float64."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    documents = find_documents(pack(packing, batch, length, generator))
-    arguments: dict[str, Any] = {
-        "q": normal(batch, length, heads, dim),
-        "kv": normal(batch, length, dim),
-        "sink": normal(heads),
-        "first": documents.first,
-        "window": window,
-    }
-    if kind != "window":
-        blocks = find_blocks(documents, ratio)
-        arguments |= {"entries": normal(batch, length // ratio, dim), "blocks": blocks}
-        if kind == "sparse":
-            scores = torch.rand(batch, length, length // ratio, generator=generator)
-            arguments["selected"] = select_top_k(scores, blocks.first, blocks.end, k)
-    return arguments
 
 
 def run(function: Any, arguments: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -1,7 +1,9 @@
 """Which implementation runs where."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ def test_auto_takes_torch_on_a_cpu_and_triton_on_a_gpu(monkeypatch: pytest.Monke
 
 
 def test_environment_and_context_manager(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "INTERPRETED", True)
     monkeypatch.setenv("OPENV4_KERNELS", "reference")
     assert implementation(CPU) == "reference"
     with using("torch"):
@@ -54,17 +57,14 @@ def test_everything_runs_without_triton() -> None:
 import sys
 sys.modules["triton"] = None
 import torch
-from openv4.model import Transformer
-from openv4.model.config import ModelConfig
-from openv4.model.init import init_weights
+from model_cases import random_config, random_model
 from openv4.model.loss import Counts, training_losses
-from openv4.train.config import load_config
-model = Transformer(load_config(["model=nano"]).model)
-init_weights(model, 0)
-tokens = torch.randint(0, 100, (1, 40)); segments = torch.zeros_like(tokens)
+model = random_model(random_config(0), 0)
+tokens = torch.randint(0, 40, (1, 40)); segments = torch.zeros_like(tokens)
 training_losses(model, tokens, segments, indexer=True).total(Counts.of([segments]), 0.3, 1e-4, 0.01).backward()
 from openv4.kernels.dispatch import triton
 print(triton, torch.isfinite(model.embed.weight.grad).all().item())
 """
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert result.stdout.split() == ["None", "True"], result.stderr

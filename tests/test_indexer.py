@@ -11,16 +11,8 @@ from torch import Tensor
 from openv4.kernels import indexer
 from openv4.kernels.attention import hybrid_attention
 from openv4.kernels.documents import Blocks, find_blocks, find_documents
-from openv4.kernels.indexer import (
-    Attended,
-    IndexerLoss,
-    index_scores,
-    indexer_loss,
-    indexer_loss_reference,
-    select_entries,
-    select_top_k,
-    selection_recall,
-)
+from openv4.kernels.indexer import index_scores, select_entries, select_top_k
+from openv4.kernels.indexer_loss import Attended, IndexerLoss, indexer_loss, indexer_loss_reference, selection_recall
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 import openv4.model.attention as attention_module
 from openv4.data.loader import Batch
 from openv4.kernels.attention import hybrid_attention
-from openv4.kernels.indexer import Attended, indexer_loss, select_entries, selection_recall
+from openv4.kernels.indexer import select_entries
+from openv4.kernels.indexer_loss import Attended, indexer_loss, selection_recall
 from openv4.model import Transformer
 from openv4.model.attention import Geometry, Indexer
 from openv4.model.config import AttentionMode

@@ -17,13 +17,8 @@ from openv4.kernels import attention, cross_entropy, indexer
 from openv4.kernels.attention import hybrid_attention, hybrid_attention_reference
 from openv4.kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from openv4.kernels.documents import find_blocks, find_documents
-from openv4.kernels.indexer import (
-    Attended,
-    indexer_loss,
-    indexer_loss_reference,
-    select_entries,
-    selection_recall,
-)
+from openv4.kernels.indexer import select_entries
+from openv4.kernels.indexer_loss import Attended, indexer_loss, indexer_loss_reference, selection_recall
 from openv4.model import Transformer
 from openv4.model.config import Recompute
 from openv4.model.loss import Counts, training_losses

@@ -5,20 +5,11 @@ from copy import deepcopy
 
 import pytest
 import torch
+from newton_schulz_cases import hard_spectra, random, with_spectrum
 from torch import Tensor
 from torch.nn import Parameter
 
 from openv4.optim.muon import NEWTON_SCHULZ_COEFFICIENTS, Muon, newton_schulz, newton_schulz_reference
-
-
-def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def with_spectrum(spectrum: Tensor, *shape: int) -> Tensor:
-    """Float64 matrices of these singular values between random bases."""
-    u, _, vh = torch.linalg.svd(random(*shape, dtype=torch.float64), full_matrices=False)
-    return (u * spectrum) @ vh
 
 
 def reference_newton_schulz(matrix: Tensor) -> Tensor:
@@ -67,14 +58,7 @@ def test_gram_form_is_the_plain_iteration(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(newton_schulz(strided), newton_schulz(strided.contiguous()), rtol=0, atol=1e-11)
 
 
-FULL = torch.logspace(0, -6, 48, dtype=torch.float64)
-HARD_SPECTRA = {
-    "condition 1e2": FULL ** (1 / 3),
-    "condition 1e4": FULL ** (2 / 3),
-    "condition 1e6": FULL,
-    "half of the rank": (FULL > 1e-3).double(),
-    "rank one": (FULL == 1).double(),
-}
+HARD_SPECTRA = hard_spectra(48)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1.0])
@@ -101,7 +85,7 @@ def test_float32_error(spectrum: str, shape: tuple[int, ...], scale: float) -> N
 
 def test_coarse_products_take_the_plain_form() -> None:
     """Under TF32 or BF16 the Gram form ends in NaN; the plain form stays finite."""
-    matrix = with_spectrum(FULL, 2, 48, 96).float()
+    matrix = with_spectrum(HARD_SPECTRA["condition 1e6"], 2, 48, 96).float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         result = newton_schulz(matrix)
         assert torch.equal(result, newton_schulz_reference(matrix))

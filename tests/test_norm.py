@@ -5,10 +5,12 @@ import math
 import pytest
 import torch
 from model_cases import relative_rms
+from quantize_cases import E4M3, by_hand, scale_of, spread
 from torch import Tensor
 
-from openv4.kernels.norm import at_least_fp32, rms_norm
-from openv4.kernels.rope import apply_rope, rope_frequencies, rope_table
+from openv4.kernels.dispatch import using
+from openv4.kernels.norm import at_least_fp32, rms_norm, rms_norm_fp8
+from openv4.kernels.rope import apply_rope, norm_rope, rope_frequencies, rope_table
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -34,10 +36,11 @@ def test_norm_equals_the_plain_formula(shape: tuple[int, ...], weighted: bool) -
         weight = normal(shape[-1], seed=2).to(dtype).requires_grad_() if weighted else None
         inputs = [t for t in (x.requires_grad_(), weight) if t is not None]
         results = []
-        for function in (rms_norm, plain_norm):
-            y = function(x, weight)
+        for implementation, function in (("torch", rms_norm), ("reference", rms_norm), ("torch", plain_norm)):
+            with using(implementation):  # type: ignore[arg-type]
+                y = function(x, weight)
             results.append((y, *torch.autograd.grad(y, inputs, upper)))
-        for ours, plain in zip(*results, strict=True):
+        for ours, plain in [*zip(results[0], results[2], strict=True), *zip(results[1], results[2], strict=True)]:
             assert ours.shape == plain.shape
             assert ours.dtype == plain.dtype
             # A row of one number has next to no gradient: y = x / |x|. What cancels there is of the size of ``upper``.
@@ -88,6 +91,29 @@ def test_norm_of_strided_rows() -> None:
     assert relative_rms(ours, plain) < 1e-12
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(2, 300), (1, 3, 128), (5, 7), (0, 129)])
+def test_norm_in_fp8_beside_the_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Groups of 128 of each row, the last one cut, rounded by the book; weights spread them over all scales."""
+    x = normal(*shape).to(dtype).requires_grad_()
+    weight = spread((shape[-1],), 3, wide=18).requires_grad_()
+    y, codes, scales = rms_norm_fp8(x, weight)
+    expected = rms_norm(x, weight)
+    assert torch.equal(y, expected)
+    assert codes.dtype == torch.float8_e4m3fn and scales.dtype == torch.float8_e8m0fnu
+    assert codes.shape == shape and scales.shape == (*shape[:-1], math.ceil(shape[-1] / 128))
+    rows, flat = y.detach().flatten(0, -2), scales.float().flatten(0, -2)
+    values = codes.double() * scales.double().repeat_interleave(128, -1)[..., : shape[-1]]
+    assert torch.equal(values.flatten(0, -2), by_hand(rows, (1, 128), E4M3, 1e-4))
+    for row, scale in zip(rows, flat, strict=True):
+        assert scale.tolist() == [scale_of(group.tolist(), 448.0, 1e-4) for group in row.split(128)]
+    upper = normal(*shape, seed=1).to(dtype)
+    ours = torch.autograd.grad(y, (x, weight), upper)
+    for gradient, plain in zip(ours, torch.autograd.grad(expected, (x, weight), upper), strict=True):
+        assert torch.equal(gradient, plain)
+    assert not codes.requires_grad and not scales.requires_grad
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_at_least_fp32(dtype: torch.dtype) -> None:
     x = torch.ones(2, dtype=dtype)
@@ -127,11 +153,24 @@ def test_rope_equals_the_plain_rotation(shape: tuple[int, ...], inverse: bool) -
         (gradient,), (expected,) = torch.autograd.grad(ours, x, upper), torch.autograd.grad(plain, wide, upper.double())
         assert relative_rms(gradient, expected) < 1e-6
         assert torch.equal(ours[..., : shape[-1] - dim], x[..., : shape[-1] - dim])
+        with using("reference"):
+            assert relative_rms(apply_rope(x, rope_table(positions, frequencies), inverse), plain) < 1e-6
 
 
 def test_rope_gradcheck() -> None:
     table = rope_table(torch.arange(3).expand(2, -1), rope_frequencies(4, 50.0))
     assert torch.autograd.gradcheck(lambda x: apply_rope(x, table), normal(2, 3, 2, 5).requires_grad_())
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_norm_rope_is_one_after_the_other(weighted: bool) -> None:
+    table = rope_table(torch.arange(5).expand(2, -1), rope_frequencies(4, 50.0))
+    x, weight = normal(2, 5, 3, 7).bfloat16().requires_grad_(), normal(7, seed=1).requires_grad_() if weighted else None
+    for implementation in ("torch", "reference"):
+        with using(implementation):  # type: ignore[arg-type]
+            both, one = norm_rope(x, weight, 0.5, table), apply_rope(rms_norm(x, weight, 0.5), table)
+        assert both.dtype == x.dtype
+        assert torch.equal(both, one)
 
 
 def test_rope_turns_back() -> None:

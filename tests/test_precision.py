@@ -22,7 +22,7 @@ from openv4.optim.groups import build_optimizers
 from openv4.optim.schedule import Compute, Plan
 from openv4.train.config import ConfigError, PrecisionConfig, load_config
 from openv4.train.loop import train, training_step
-from openv4.train.precision import apply_precision
+from openv4.train.precision import apply_precision, precision_table
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -260,3 +260,13 @@ def test_bad_settings_get_one_line(small_data: Path, tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match=re.escape("precision.compute=fp8: the frozen weights of lora")):
         load_config(["run=lora", "model=nano", "model.pretrained=x", "data.path=y", "precision.compute=fp8"])
+
+
+def test_the_table_in_the_documentation_is_the_codes() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "precision.md").read_text()
+    table = re.search(r"<!-- precision_table -->\n(.*?)<!-- end -->", text, re.DOTALL)
+    assert table is not None
+    flash = load_config(["model=v4_flash"]).model
+    lines = ["| matrices | `fp8` | `fp4_qat` | released as |", "|---|---|---|---|"]
+    lines += [f"| `{'`, `'.join(names.split(', '))}` | {' | '.join(rest)} |" for names, *rest in precision_table(flash)]
+    assert table[1].strip() == "\n".join(lines), "should be:\n" + "\n".join(lines)

@@ -1,12 +1,13 @@
 """What the products of a run compute in: which modules multiply FP8 numbers, and what carries that out.
 
-What is rounded follows the release (``stored`` in ``model.shapes``): what V4 is published in FP8 multiplies in FP8, what
-it is published in FP4 (the routed experts) in FP8 or, under ``fp4_qat``, in FP8 values that FP4 can hold. All else (the
-embedding and head, router, mHC, compressors, the indexer's head weights, norms, sinks) stays in the dtype of the
+What is rounded follows the release (``stored`` in ``model.shapes``): what V4 is published in FP8 multiplies in FP8,
+what it is published in FP4 (the routed experts) in FP8 or, under ``fp4_qat``, in FP8 values that FP4 can hold. All else
+(the embedding and head, router, mHC, compressors, the indexer's head weights, norms, sinks) stays in the dtype of the
 streams, or in float32, as ``precision_table`` says. Source: recipe 8.
 """
 
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -20,13 +21,15 @@ from ..model.precision import IndexRounding, RoundedWeight
 from ..model.shapes import tensor_shapes
 from ..model.transformer import Transformer
 from ..optim.schedule import Compute
-from .config import PrecisionConfig
 from .transformer_engine import UNIT, BlockScaledExperts, block_scaling, why_not
+
+if TYPE_CHECKING:  # at run time it would need hydra, and benchmarks run where there is none
+    from .config import PrecisionConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def apply_precision(model: Transformer, config: PrecisionConfig, compute: Compute | None = None) -> None:
+def apply_precision(model: Transformer, config: "PrecisionConfig", compute: Compute | None = None) -> None:
     """Makes the model compute as the run's precision says, or a stage's own ``compute``.
 
     May be called again, for the next stage. Parameters, their names and gradients stay what they are.
@@ -59,7 +62,7 @@ def apply_precision(model: Transformer, config: PrecisionConfig, compute: Comput
                 module.indexer.simulate = module.indexer.compressor.simulate = index
 
 
-def describe_precision(config: PrecisionConfig, compute: Compute | None, device: torch.device) -> str:
+def describe_precision(config: "PrecisionConfig", compute: Compute | None, device: torch.device) -> str:
     """What products compute in and what carries that out, in one line, to print when a stage begins."""
     compute = compute or config.compute
     if compute not in ("fp8", "fp4_qat"):
@@ -84,15 +87,12 @@ def precision_table(config: ModelConfig) -> list[tuple[str, str, str, str]]:
             elif s.part == "embedding":
                 low = ("looked up",) * 2
             else:
-                low = ("float32" if s.part in _WIDE else "streams' dtype",) * 2
+                wide = s.part in ("router", "mHC", "head") or ".compressor." in s.name
+                low = ("float32" if wide else "streams' dtype",) * 2
             names = rows.setdefault((s.part, *low, s.stored), [])
             if name not in names:
                 names.append(name)
     return [(", ".join(names), *key[1:]) for key, names in rows.items()]
-
-
-# Parts whose products are float32 in every precision (recipe 2.2, 3, 4).
-_WIDE = ("router", "mHC", "compressor", "head")
 
 
 def _modules(model: Transformer, stored: str) -> list[nn.Module]:
