@@ -40,8 +40,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
 
     bfloat16 hidden states on a GPU multiply a bfloat16 weight, with float32 logits, and so do the slopes of the logits:
     rounding a float32 weight moves the loss as much as rounding the hidden states did (5e-3 a token, either sign, at
-    logits of size 3), and a second product with what was rounded away would add a third to the time. All other inputs
-    are multiplied in float32.
+    logits of size 3), and a second product with what was rounded away would add a third to the time. The gradient of a
+    bfloat16 weight is then rounded once a chunk. All other inputs are multiplied in float32.
 
     Args:
         hidden: ``[..., D]``; weight: ``[V, D]``; targets: ``[...]`` int64.

@@ -18,10 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import implementation, jit, tl, triton
-from .fp8 import count, parts, round_blocks, round_matrix, rows_on_device
+from .dispatch import INTERPRETED, implementation, jit, tl, triton
+from .fp8 import CPU_ELEMENTS, as_matrix, count, dequantize_into, on_grid, parts, round_matrix, rows_on_device
 from .numerics import cast
 from .quantize import E2M1, E4M3, FP4_GROUP, FP8_BLOCK, largest_of, nearest, nearest_to, scale_bits, scale_of
+
+_INTERPRETED = INTERPRETED if tl is None else tl.constexpr(INTERPRETED)
 
 
 @torch.no_grad()
@@ -41,10 +43,15 @@ def fp4_weight(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     block = (FP8_BLOCK, FP8_BLOCK)
     for matrix, out in zip(weight.reshape(flat.shape), flat, strict=True):
         for part, place in zip(parts(matrix, block), parts(out, block), strict=True):
-            values, scale = round_blocks(part, (1, FP4_GROUP), E2M1)
-            groups = values.squeeze(1)  # [M, groups, 32]
-            inexact += _hold_in_fp8(groups, scale.squeeze((1, 3)))
-            place.copy_(groups.flatten(1)[:, : part.shape[1]])
+            values, scale = on_grid(part, (1, FP4_GROUP), E2M1)
+            # FP8's scale is 2^-6 of the largest; as E4M3 steps by 2^-9 and E2M1 by half a scale, 2^-8 of that will do.
+            # To ask whether all groups are like that costs little on a CPU; elsewhere the host would wait for it.
+            if part.device.type == "cpu" and bool(scale.max() <= scale.min() * 2.0**14):
+                dequantize_into(place, values, scale, (1, FP4_GROUP))
+            else:
+                values.mul_(scale)  # [M, 1, groups, 32]
+                inexact += _hold_in_fp8(values.squeeze(1), scale.squeeze((1, 3)))
+                place.copy_(as_matrix(values, part.shape))
     return rounded, inexact
 
 
@@ -60,31 +67,18 @@ def rotate(x: Tensor) -> Tensor:
     Raises:
         ValueError: J is no power of two.
     """
-    size = _rotating(x)
-    if x.numel() and implementation(x) == "triton":
-        result: Tensor = _Rotate.apply(x, False)
-        return result
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    step = 1
-    while step < size:
-        low, high = wide.unflatten(-1, (-1, 2, step)).unbind(-2)
-        wide = torch.stack((low + high, low - high), -2).flatten(-3)
-        step *= 2
-    rotated: Tensor = (wide * size**-0.5).to(x.dtype)
-    return rotated
+    return _rotated(x, rounded=False)
 
 
 def index_operand(x: Tensor) -> Tensor:
     """Queries or keys ``[..., J]`` of the indexer as they enter FP4 scores: rotated, then rounded (recipe 2.3).
 
+    The gradient passes the rounding unchanged.
+
     Raises:
         ValueError: as ``rotate``.
     """
-    _rotating(x)
-    if x.numel() and implementation(x) == "triton":
-        result: Tensor = _Rotate.apply(x, True)
-        return result
-    return fake_quantize_fp4(rotate(x))
+    return _rotated(x, rounded=True)
 
 
 def fp4_counts(x: Tensor) -> Tensor:
@@ -92,26 +86,64 @@ def fp4_counts(x: Tensor) -> Tensor:
     return count(x.reshape(-1, x.shape[-1]), (1, FP4_GROUP), E2M1)
 
 
-def _rotating(x: Tensor) -> int:
-    """The size of what is to be rotated."""
+def _rotated(x: Tensor, rounded: bool) -> Tensor:
     size = x.shape[-1]
     if size & (size - 1) or not size:
         raise ValueError(f"the Hadamard rotation needs a power of two, not {size} (index_head_dim)")
-    return size
+    result: Tensor = _Rotate.apply(x, rounded)
+    return result
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rounded: bool) -> Tensor:
+        ctx.triton = x.numel() > 0 and implementation(x) == "triton"
+        if ctx.triton:
+            return _rotate_on_device(x, rounded)
+        rotated = _butterflies(x)
+        return _round_groups(rotated) if rounded else rotated
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _rotate_on_device(gradient, False) if ctx.triton else _butterflies(gradient), None
+
+
+def _butterflies(x: Tensor) -> Tensor:
+    """Along the first dimension of a copy, where neighbours in memory are of one kind."""
+    size, out = x.shape[-1], torch.empty_like(x)
+    if not x.numel():
+        return out
+    many = max(1, CPU_ELEMENTS // size) if x.device.type == "cpu" else x.numel()
+    for part, place in zip(x.reshape(-1, size).split(many), out.view(-1, size).split(many), strict=True):
+        wide = part.T.to(torch.promote_types(x.dtype, torch.float32), memory_format=torch.contiguous_format, copy=True)
+        other, step = torch.empty_like(wide), 1
+        while step < size:
+            low, high = wide.unflatten(0, (-1, 2, step)).unbind(1)
+            total, difference = other.unflatten(0, (-1, 2, step)).unbind(1)
+            torch.add(low, high, out=total)
+            torch.sub(low, high, out=difference)
+            wide, other, step = other, wide, 2 * step
+        place.copy_(wide.mul_(size**-0.5).T)
+    return out
 
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        if not x.numel():
-            return x.clone()
-        if implementation(x) == "triton":
+        if x.numel() and implementation(x) == "triton":
             return rows_on_device(x, E2M1, FP4_GROUP)
-        return round_matrix(x.reshape(-1, x.shape[-1]), (1, FP4_GROUP), E2M1).view(x.shape)
+        return _round_groups(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient
+
+
+def _round_groups(x: Tensor) -> Tensor:
+    if not x.numel():
+        return x.clone()
+    return round_matrix(x.reshape(-1, x.shape[-1]), (1, FP4_GROUP), E2M1).view(x.shape)
 
 
 def _hold_in_fp8(groups: Tensor, scale: Tensor) -> Tensor:
@@ -125,10 +157,6 @@ def _hold_in_fp8(groups: Tensor, scale: Tensor) -> Tensor:
     tiles = F.pad(scale.nan_to_num(0.0), (0, across, 0, down))  # zeros are never the largest scale
     tiles = tiles.unflatten(1, (-1, FP8_BLOCK // FP4_GROUP)).unflatten(0, (-1, FP8_BLOCK))
     coarse = tiles.amax((1, 3), keepdim=True).clamp_(min=2.0**-121)  # E8M0 ends at 2^-127
-    # E4M3's smallest step is 2^-9 and E2M1's half a scale, so 2^-8 of FP8's scale, which is 2^-6 of the largest, will do.
-    within = (tiles >= coarse * 2.0**-14) | (tiles == 0)
-    if groups.device.type == "cpu" and bool(within.all()):
-        return torch.zeros((), dtype=torch.long)
     fp8 = (coarse / 64).expand_as(tiles).flatten(2).flatten(0, 1)[:rows, :count].unsqueeze(-1)
     held = nearest(groups / fp8, E4M3).mul_(fp8)
     changed: Tensor = F.pad((held != groups).any(-1) & scale.isfinite(), (0, across, 0, down))
@@ -140,51 +168,55 @@ def _hold_in_fp8(groups: Tensor, scale: Tensor) -> Tensor:
 # Triton: the same, one pass.
 
 
-class _Rotate(torch.autograd.Function):
-    """``rotate``, and ``index_operand`` if ``rounded``."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, rounded: bool) -> Tensor:
-        return _rotate_on_device(x, rounded)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _Rotate.apply(gradient, False), None
-
-
 @jit
-def _fp4_weight_kernel(x, out, inexact, rows, columns, BLOCK: tl.constexpr):
-    """One block of 128 x 128 of one matrix of a stack ``[matrices, rows, columns]``."""
-    across = tl.cdiv(columns, BLOCK)
-    row = tl.program_id(0) // across * BLOCK + tl.arange(0, BLOCK)
-    group, lane = tl.arange(0, BLOCK // 32), tl.arange(0, 32)
-    column = tl.program_id(0) % across * BLOCK + group[:, None] * 32 + lane[None, :]
-    inside = (row < rows)[:, None, None] & (column < columns)[None, :, :]
-    at = (tl.program_id(1).to(tl.int64) * rows + row)[:, None, None] * columns + column[None, :, :]
+def _fp4_values(x, at, inside):
+    """Of ``[ROWS, groups, 32]`` at ``at`` the FP4 values, and the bits of each group's largest size."""
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     largest = largest_of(value, 2)
     scale, inverse = scale_of(largest, 6)
-    value = nearest_to(value * inverse[:, :, None], 6) * scale[:, :, None]
+    return nearest_to(value * inverse[:, :, None], 6) * scale[:, :, None], largest
+
+
+@jit
+def _fp4_weight_kernel(x, out, inexact, rows, columns, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """One block of 128 x 128 of one matrix of a stack ``[matrices, rows, columns]``, ROWS rows at a time."""
+    across = tl.cdiv(columns, BLOCK)
+    first, row = tl.program_id(0) // across * BLOCK, tl.arange(0, ROWS)
+    group, lane = tl.arange(0, BLOCK // 32), tl.arange(0, 32)
+    column = tl.program_id(0) % across * BLOCK + group[:, None] * 32 + lane[None, :]
+    coarse = tl.zeros((ROWS, BLOCK // 32), tl.int32)
+    finest = tl.full((ROWS, BLOCK // 32), 0x7F800000, tl.int32)
+    for start in range(first, first + BLOCK, ROWS):
+        inside = (start + row < rows)[:, None, None] & (column < columns)[None, :, :]
+        at = (tl.program_id(1).to(tl.int64) * rows + start + row)[:, None, None] * columns + column[None, :, :]
+        value, largest = _fp4_values(x, at, inside)
+        tl.store(out + at, cast(value, out.dtype.element_ty), mask=inside)
+        # Neither what is not finite nor groups of zeros, those outside among them, say how far scales lie apart.
+        counts, bits = (largest > 0) & (largest < 0x7F800000), scale_bits(largest, 6)
+        coarse = tl.maximum(coarse, tl.where(counts, bits, 0))
+        finest = tl.minimum(finest, tl.where(counts, bits, 0x7F800000))
+    most = tl.max(tl.max(coarse, 1), 0)
     lost = 0
-    # Neither what is not finite nor groups of zeros, those outside among them, say how far scales lie apart.
-    counts, bits = (largest > 0) & (largest < 0x7F800000), scale_bits(largest, 6)
-    coarse = tl.max(tl.max(tl.where(counts, bits, 0), 1), 0)
-    finest = tl.min(tl.min(tl.where(counts, bits, coarse), 1), 0)
-    if finest < coarse - (14 << 23):
-        # FP8's scale is 2^-6 of the coarsest; so far above the finest it is a normal number.
-        unit = coarse - (6 << 23)
-        power, inverse_power = unit.to(tl.float32, bitcast=True), (0x7F000000 - unit).to(tl.float32, bitcast=True)
-        held = nearest_to(value * inverse_power, 448) * power
-        changed = (held != value) & (largest < 0x7F800000)[:, :, None]
-        lost = tl.max(tl.max(tl.max(changed.to(tl.int32), 2), 1), 0)
-        value = held
-    tl.store(out + at, cast(value, out.dtype.element_ty), mask=inside)
+    if tl.min(tl.min(finest, 1), 0) < most - (14 << 23):
+        # E4M3 may not hold them all. Its scale is 2^-6 of the coarsest, so far above the finest a normal number.
+        unit = most - (6 << 23)
+        scale, inverse = unit.to(tl.float32, bitcast=True), (0x7F000000 - unit).to(tl.float32, bitcast=True)
+        for start in range(first, first + BLOCK, ROWS):
+            inside = (start + row < rows)[:, None, None] & (column < columns)[None, :, :]
+            at = (tl.program_id(1).to(tl.int64) * rows + start + row)[:, None, None] * columns + column[None, :, :]
+            value, largest = _fp4_values(x, at, inside)
+            held = nearest_to(value * inverse, 448) * scale
+            tl.store(out + at, cast(held, out.dtype.element_ty), mask=inside)
+            changed = (held != value) & (largest < 0x7F800000)[:, :, None]
+            lost = tl.maximum(lost, tl.max(tl.max(tl.max(changed.to(tl.int32), 2), 1), 0))
     tl.store(inexact + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), lost)
 
 
 @jit
-def _rotate_kernel(x, out, rows, scale, SIZE: tl.constexpr, ROWS: tl.constexpr, ROUNDED: tl.constexpr):
-    """ROWS rows of ``[rows, SIZE]`` times a Hadamard matrix, rounded to FP4 in groups of 32 or not."""
+def _rotate_kernel(
+    x, out, rows, scale, SIZE: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, ROUNDED: tl.constexpr
+):
+    """ROWS rows of ``[rows, SIZE]`` times a Hadamard matrix, rounded to FP4 in groups or not."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, SIZE)
     at = row[:, None] * SIZE + column[None, :]
@@ -192,7 +224,6 @@ def _rotate_kernel(x, out, rows, scale, SIZE: tl.constexpr, ROWS: tl.constexpr, 
     value = _hadamard(tl.load(x + at, mask=inside, other=0.0).to(tl.float32)) * scale
     rotated = cast(value, x.dtype.element_ty)
     if ROUNDED:
-        GROUP: tl.constexpr = 32 if SIZE > 32 else SIZE
         groups = tl.reshape(rotated.to(tl.float32), (ROWS, SIZE // GROUP, GROUP))
         power, inverse = scale_of(largest_of(groups, 2), 6)
         rounded = nearest_to(groups * inverse[:, :, None], 6) * power[:, :, None]
@@ -203,16 +234,18 @@ def _rotate_kernel(x, out, rows, scale, SIZE: tl.constexpr, ROWS: tl.constexpr, 
 @jit
 def _hadamard(x):
     """Butterflies of float32 ``[ROWS, SIZE]``, in the order of ``rotate``, which makes the sums equal to the bit."""
-    ROWS: tl.constexpr = x.shape[0]
-    SIZE: tl.constexpr = x.shape[1]
     for level in tl.static_range(0, 16):
-        if (1 << level) < SIZE:
-            pairs = tl.reshape(x, (ROWS * SIZE // (2 << level), 2, 1 << level))
+        if (1 << level) < x.shape[1]:
+            pairs = tl.reshape(x, (x.shape[0] * x.shape[1] // (2 << level), 2, 1 << level))
             bits = pairs.to(tl.int32, bitcast=True)
-            # The other of each pair: a sum over both without carries, less one's own.
-            other = (tl.xor_sum(bits, 1, keep_dims=True) ^ bits).to(tl.float32, bitcast=True)
+            # What both numbers of a pair make by exclusive or, with one of them, is the other.
+            if _INTERPRETED:  # to which that reduction is 100 times as slow as a maximum
+                both = tl.max(bits, 1, keep_dims=True) ^ tl.min(bits, 1, keep_dims=True)
+            else:
+                both = tl.xor_sum(bits, 1, keep_dims=True)
+            other = (both ^ bits).to(tl.float32, bitcast=True)
             second = tl.arange(0, 2)[None, :, None] == 1
-            x = tl.reshape(tl.where(second, other - pairs, pairs + other), (ROWS, SIZE))
+            x = tl.reshape(tl.where(second, other - pairs, pairs + other), x.shape)
     return x
 
 
@@ -220,7 +253,7 @@ def _weight_on_device(weight: Tensor, rounded: Tensor) -> Tensor:
     weight, (rows, columns) = weight.contiguous(), weight.shape[-2:]
     grid = (triton.cdiv(rows, FP8_BLOCK) * triton.cdiv(columns, FP8_BLOCK), weight.numel() // (rows * columns))
     inexact = weight.new_empty(math.prod(grid), dtype=torch.int32)
-    _fp4_weight_kernel[grid](weight, rounded, inexact, rows, columns, BLOCK=FP8_BLOCK, num_warps=8)
+    _fp4_weight_kernel[grid](weight, rounded, inexact, rows, columns, BLOCK=FP8_BLOCK, ROWS=32)
     return inexact.sum()
 
 
@@ -228,5 +261,7 @@ def _rotate_on_device(x: Tensor, rounded: bool) -> Tensor:
     x, size = x.contiguous(), x.shape[-1]
     out, rows = torch.empty_like(x), x.numel() // size
     many = max(1, 4096 // size)
-    _rotate_kernel[(triton.cdiv(rows, many),)](x, out, rows, size**-0.5, SIZE=size, ROWS=many, ROUNDED=rounded)
+    _rotate_kernel[(triton.cdiv(rows, many),)](
+        x, out, rows, size**-0.5, SIZE=size, GROUP=min(size, FP4_GROUP), ROWS=many, ROUNDED=rounded
+    )
     return out

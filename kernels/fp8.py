@@ -38,9 +38,9 @@ from .quantize import (
 _INTERPRETED = INTERPRETED if tl is None else tl.constexpr(INTERPRETED)
 libdevice = None if tl is None else import_module("triton.language.extra.libdevice")
 
-# Elements that are rounded at once on a CPU: what is made on the way stays in the cache (measured: 2^16 to 2^18 take
-# the same time, within noise; with 2^20 it is 1.6 times that).
-CPU_ELEMENTS = 2**17
+# Elements that are rounded at once on a CPU: few enough for the cache, many enough that the dozen small operations do
+# not count (measured from 2^15 to 2^20).
+CPU_ELEMENTS = 2**18
 
 
 def round_rows(x: Tensor, group: int = FP8_BLOCK) -> Tensor:
@@ -77,7 +77,7 @@ def round_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 @torch.no_grad()
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """What ``round_rows`` rounds to: codes ``[..., I]`` float8_e4m3fn, scales ``[..., ceil(I / 128)]`` float8_e8m0fnu."""
+    """``round_rows`` as codes ``[..., I]`` float8_e4m3fn and scales ``[..., ceil(I / 128)]`` float8_e8m0fnu."""
     codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
     scales = codes.new_empty(*x.shape[:-1], -(-x.shape[-1] // FP8_BLOCK))
     if not x.numel():
@@ -86,15 +86,14 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
         _rows_launch(x.contiguous(), E4M3, FP8_BLOCK, x.shape[-1], codes=codes, scales=scales)
         return codes.view(torch.float8_e4m3fn), scales.view(torch.float8_e8m0fnu)
     matrix = x.reshape(-1, x.shape[-1])
-    blocks = in_blocks(matrix, (1, FP8_BLOCK))
-    scale = powers(blocks.abs().amax((1, 3), keepdim=True), E4M3)
-    fp8 = as_matrix(blocks.mul_(scale.reciprocal()).to(torch.float8_e4m3fn), matrix.shape)
+    values, scale = scaled(matrix, (1, FP8_BLOCK), E4M3)
+    fp8 = as_matrix(values, matrix.shape).to(torch.float8_e4m3fn)
     return fp8.reshape(x.shape), scale.reshape(scales.shape).to(torch.float8_e8m0fnu)
 
 
 @torch.no_grad()
 def swiglu_fp8(gate: Tensor, up: Tensor, limit: float) -> tuple[Tensor, Tensor, Tensor]:
-    """``clamped_swiglu`` of ``[..., F]`` in the dtype of ``gate``, and what ``quantize_rows`` makes of it (recipe 3, 8.1).
+    """``clamped_swiglu`` of ``[..., F]``, in the dtype of ``gate``, and its ``quantize_rows`` (recipe 3 and 8.1).
 
     Returns:
         hidden ``[..., F]``, its codes and their scales.
@@ -199,12 +198,10 @@ def fp8_weight_counts(weight: Tensor) -> Tensor:
 @torch.no_grad()
 def count(matrix: Tensor, block: tuple[int, int], grid: Grid) -> Tensor:
     """Of a rounding: elements on the largest code, elements that were not zero and are, all; float32 ``[3]``."""
-    blocks = in_blocks(matrix, block)
-    zeros = (blocks == 0).sum()
-    scale = powers(blocks.abs().amax((1, 3), keepdim=True), grid)
-    codes = nearest(blocks.mul_(scale.reciprocal()), grid).abs_()
-    vanished = (codes == 0).sum() - zeros
-    return torch.stack(((codes == grid.largest).sum(), vanished, vanished.new_tensor(matrix.numel()))).float()
+    codes, _ = on_grid(matrix, block, grid)
+    sizes = as_matrix(codes, matrix.shape).abs()
+    saturated, vanished = (sizes == grid.largest).sum(), ((sizes == 0) & (matrix != 0)).sum()
+    return torch.stack((saturated, vanished, torch.full_like(vanished, matrix.numel()))).float()
 
 
 def _each(matrices: Tensor, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
@@ -221,8 +218,7 @@ def round_matrix(matrix: Tensor, block: tuple[int, int], grid: Grid, out: Tensor
     """``[M, I]`` rounded, into ``out`` or in its dtype."""
     out = torch.empty(matrix.shape, dtype=matrix.dtype, device=matrix.device) if out is None else out
     for part, place in zip(parts(matrix, block), parts(out, block), strict=True):
-        values, _ = round_blocks(part, block, grid)
-        place.copy_(as_matrix(values, part.shape))
+        dequantize_into(place, *on_grid(part, block, grid), block)
     return out
 
 
@@ -237,25 +233,35 @@ def parts(matrix: Tensor, block: tuple[int, int]) -> Iterator[Tensor]:
         yield from band.split(columns, 1)
 
 
-def round_blocks(part: Tensor, block: tuple[int, int], grid: Grid) -> tuple[Tensor, Tensor]:
-    """``in_blocks(part)`` rounded, and the scales, which broadcast over it."""
-    blocks = in_blocks(part, block)
+def on_grid(part: Tensor, block: tuple[int, int], grid: Grid) -> tuple[Tensor, Tensor]:
+    """Numbers of the grid, float32, that stand for ``in_blocks(part)``, and the scales, which broadcast over them."""
+    values, scale = scaled(part, block, grid)
+    return nearest(values, grid), scale
+
+
+def scaled(part: Tensor, block: tuple[int, int], grid: Grid) -> tuple[Tensor, Tensor]:
+    """``on_grid`` before it rounds: divided by powers of two, hence exact."""
+    blocks = in_blocks(part.float(), block)
     sizes = blocks.abs()
     largest = sizes.amax((1, 3), keepdim=True) if 1 in block else sizes.amax(3, keepdim=True).amax(1, keepdim=True)
     scale = powers(largest, grid)
-    # Both powers of two are exact, and so are the products.
-    return nearest(blocks.mul_(scale.reciprocal()), grid).mul_(scale), scale
+    return blocks * scale.reciprocal(), scale
+
+
+def dequantize_into(place: Tensor, values: Tensor, scale: Tensor, block: tuple[int, int]) -> None:
+    """What ``on_grid`` returns, multiplied, as the matrix ``place``; overwrites it."""
+    if values.numel() == place.numel():
+        torch.mul(values, scale, out=in_blocks(place, block))
+    else:
+        place.copy_(as_matrix(values.mul_(scale), place.shape))
 
 
 def in_blocks(matrix: Tensor, block: tuple[int, int]) -> Tensor:
-    """A copy in float32 as ``[rows of blocks, rows, columns of blocks, columns]``, padded with zeros."""
+    """As ``[rows of blocks, rows, columns of blocks, columns]``; a view, unless it must be padded with zeros."""
     down, across = -matrix.shape[0] % block[0], -matrix.shape[1] % block[1]
-    if down or across:
-        padded = F.pad(matrix.float(), (0, across, 0, down))
-    else:
-        padded = matrix.to(torch.float32, copy=True)
-    blocks: Tensor = padded.unflatten(1, (-1, block[1])).unflatten(0, (-1, block[0]))
-    return blocks
+    padded = F.pad(matrix, (0, across, 0, down)) if down or across else matrix
+    rows, columns = padded.shape
+    return padded.view(rows // block[0], block[0], columns // block[1], block[1])
 
 
 def as_matrix(blocks: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -397,7 +403,7 @@ def _swiglu_on_device(gate: Tensor, up: Tensor, limit: float) -> tuple[Tensor, T
     hidden = torch.empty_like(gate)
     codes = torch.empty_like(gate, dtype=torch.uint8)
     scales = codes.new_empty(*gate.shape[:-1], groups)
-    _swiglu_kernel[(triton.cdiv(rows, 32) * groups,)](
-        gate, up, hidden, codes, scales, rows, columns, float(limit), CLAMP=limit > 0, ROWS=32
+    _swiglu_kernel[(triton.cdiv(rows, 16) * groups,)](
+        gate, up, hidden, codes, scales, rows, columns, float(limit), CLAMP=limit > 0, ROWS=16
     )
     return hidden, codes.view(torch.float8_e4m3fn), scales.view(torch.float8_e8m0fnu)

@@ -155,8 +155,8 @@ def _sift(values, names, target, border, count, k, limit, CAPACITY: tl.constexpr
     """Chooses some of the ``count [t]`` candidates that lie in the order of entries at ``values`` and ``names``.
 
     None is below the border. Those that stay hold the k best: all above a new border, and of those that equal it the
-    first until there are k. It is found by halving, until at most ``limit`` >= k are not below it. They stay in place,
-    moved together, or their names go to ``target [t]`` if there is one.
+    first until there are k. It is found by halving, until at most ``limit`` >= k are not below it; where there are no
+    more, it remains. They stay in place, moved together, or their names go to ``target [t]`` if there is one.
 
     Returns:
         the new border and count ``[t]``.
@@ -193,7 +193,7 @@ def _sift(values, names, target, border, count, k, limit, CAPACITY: tl.constexpr
             tl.store(names[:, None] + place, name, mask=stays)
         else:
             tl.store(target[:, None] + place, name.to(tl.int64), mask=stays)
-    return tl.where(count >= k, low, border), (past & 0xFFFF) + tl.minimum(past >> 16, room)
+    return low, (past & 0xFFFF) + tl.minimum(past >> 16, room)
 
 
 @jit
@@ -262,24 +262,25 @@ def _select_kernel(
         tl.store(selected + token[:, None] * K + choice, chosen.to(tl.int64), mask=alone)
 
 
-# Entries of a section, and numbers of candidates that a program may hold: in its registers when they are sifted.
-SECTION, HELD = 512, 2**12
-# More than this many cannot be selected: a candidate's rank has 15 bits.
-MOST = 2**14
+# Entries of a section, candidates that are moved at a time, and how many of them a program may hold: in its registers,
+# where their border is searched.
+SECTION, CHUNK, HELD = 512, 512, 2**12
+# More than MOST are not selected here: a candidate's rank has 15 bits. Up to FEW tokens are not worth a program each.
+MOST, FEW = 2**13, 16
 
 
 def _tile(queries: Tensor, k: int) -> dict[str, int]:
     """Tiles of a product with several tokens' queries."""
     heads, dim = queries.shape[2:]
     block_h = max(16, triton.next_power_of_2(heads))
-    most = 1 if queries.dtype == torch.float32 and dim > 1 else 128 // block_h
+    most = 1 if queries.dtype == torch.float32 else 128 // block_h
     return {
         "HEADS": heads,
         "DIM": dim,
         "BLOCK_T": max(1, min(2, most, HELD // _capacity(k))),
         "BLOCK_H": block_h,
         "BLOCK_D": max(16, triton.next_power_of_2(dim)),
-        "BLOCK_N": 32 if queries.dtype == torch.float32 else 64,
+        "BLOCK_N": 16 if queries.dtype == torch.float32 else 64,
     }
 
 
@@ -295,7 +296,8 @@ def _triton_scores(queries: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
         tile = _tile(queries, 0)
         grid = (batch * triton.cdiv(length, tile["BLOCK_T"]), triton.cdiv(count, SECTION))
         operands = (queries.contiguous(), keys.contiguous(), weights.contiguous())
-        _scores_kernel[grid](*operands, scores, length, count, SECTION, **tile, num_warps=4, num_stages=3)
+        warps = 8 if queries.dtype == torch.float32 else 4
+        _scores_kernel[grid](*operands, scores, length, count, SECTION, **tile, num_warps=warps, num_stages=3)
     return scores
 
 
@@ -314,7 +316,7 @@ def _triton_select(first: Tensor, end: Tensor, k: int, count: int, operands: tup
             *(operands * 4 if given else (*operands, operands[0])), first.contiguous(), end.contiguous(), selected,
             scratch, length, count, k, batch, k + (capacity - SECTION - k) // 4,
             GIVEN=given, **tile, BLOCK_K=triton.next_power_of_2(k), SECTION=SECTION, CAPACITY=capacity,
-            CHUNK=min(512, capacity), num_warps=4, num_stages=3,
+            CHUNK=min(CHUNK, capacity), num_warps=4, num_stages=4,
         )  # fmt: skip
     return selected
 
@@ -355,7 +357,7 @@ def select_top_k(scores: Tensor, first: Tensor, end: Tensor, k: int) -> Tensor:
 def select_entries(queries: Tensor, keys: Tensor, weights: Tensor, blocks: Blocks, k: int) -> Tensor:
     """``select_top_k`` of ``index_scores``: no ``[T, N]`` scores exist. Arguments as in these two.
 
-    On a GPU the programs keep their candidates in some 80 kB of memory each, whatever T and N are, and a score is
+    On a GPU the programs keep their candidates in some 40 kB of memory each, whatever T and N are, and a score is
     computed once.
 
     Returns:
@@ -363,5 +365,7 @@ def select_entries(queries: Tensor, keys: Tensor, weights: Tensor, blocks: Block
     """
     k = min(k, keys.shape[1])
     if implementation(queries, keys, weights, blocks.end) == "triton" and 0 < k <= MOST:
-        return _triton_select(blocks.first, blocks.end, k, keys.shape[1], (queries, keys, weights))
+        few = blocks.end.numel() <= FEW  # they get their scores from many programs, which takes little memory
+        operands = (_triton_scores(queries, keys, weights),) if few else (queries, keys, weights)
+        return _triton_select(blocks.first, blocks.end, k, keys.shape[1], operands)
     return _torch_select_entries(queries, keys, weights, blocks, k)

@@ -192,8 +192,8 @@ def _mass_kernel(
         slot = at + tl.arange(0, BLOCK_N)
         entry = _entries(selected, token, slot, begin, size, K, CHOSEN)
         key = load_rows(entries + entry.to(tl.int64) * DIM, entry >= 0, column, DIM)
-        logit = dot(key, tl.trans(query)) * (scale * LOG2E) - shift[None, :]
-        share = tl.sum(tl.exp2(logit), 1)
+        logit = dot(query, tl.trans(key)) * (scale * LOG2E) - shift[:, None]
+        share = tl.sum(tl.exp2(logit), 0)
         tl.store(mass + slot, tl.where(entry >= 0, share, 0.0), mask=slot < size)
 
 
@@ -326,18 +326,20 @@ def _collect_kernel(
         tl.store(line, tl.load(line, mask=column < DIM, other=0.0) + tl.sum(found, 0), mask=column < DIM)
 
 
-# Bytes that a chunk of tokens may take, and programs that share the keys' gradient; constants, so that sums have the
-# same order on every device.
-SCRATCH, PROGRAMS = 2**29, 1024
+# Bytes that a chunk of tokens may take. The gradient of all keys is shared by PROGRAMS, of which each takes at least so
+# many tokens; constants, so that sums have the same order on every device.
+SCRATCH, PROGRAMS, TOKENS = 2**29, 1024, 64
 
 
-def _tile(rows: Tensor, most: int) -> dict[str, int]:
+def _tile(rows: Tensor, most: int, many: int) -> dict[str, int]:
+    """Tiles of entries, and of at most so many heads; float32 is multiplied in registers, which hold less."""
     heads, dim = rows.shape[2:]
     return {
         "HEADS": heads,
         "DIM": dim,
         "BLOCK_H": min(most, max(16, triton.next_power_of_2(heads))),
         "BLOCK_D": max(16, triton.next_power_of_2(dim)),
+        "BLOCK_N": 16 if rows.dtype == torch.float32 else many,
     }
 
 
@@ -381,18 +383,21 @@ class _TritonIndexerLoss(torch.autograd.Function):
         make = torch.empty if tokens * slots else torch.zeros
         kl, uniform, whole, log_total = (make(tokens, device=device) for _ in range(4))
         counted = make(tokens, dtype=torch.bool, device=device)
-        query_gradient, weight_gradient = (make(x.shape, dtype=x.dtype, device=device) for x in (queries, weights))
+        query_gradient, weight_gradient = (
+            make(x.shape if learns else 0, dtype=x.dtype, device=device) for x in (queries, weights)
+        )
 
-        outer, inner = _tile(q, 16 if q.dtype == torch.float32 else 64), _tile(queries, queries.shape[2] * 2 + 16)
-        groups = triton.cdiv(q.shape[2], outer["BLOCK_H"])
-        tile = 32 if keys.dtype == torch.float32 else 64
-        places = batch * triton.cdiv(count, tile)
-        shares = max(1, min(PROGRAMS // max(places, 1), tokens // 64)) if learns and selected is None else 1
+        outer, inner = _tile(q, 16 if q.dtype == torch.float32 else 64, 32), _tile(queries, 2**16, 64)
+        groups, places = triton.cdiv(q.shape[2], outer["BLOCK_H"]), batch * triton.cdiv(count, inner["BLOCK_N"])
+        shares = max(1, min(PROGRAMS // max(places, 1), tokens // TOKENS)) if learns and selected is None else 1
         key_gradient = torch.zeros(shares, batch * count, dim, device=device)
 
-        begins, ends = blocks.first.contiguous(), blocks.end.contiguous()
-        chosen = begins if selected is None else selected.contiguous()
-        lists = {"CHOSEN": selected is not None, "BLOCK_K": triton.next_power_of_2(max(slots, 1))}
+        # What a thread holds: products of chosen keys too, or float32 operands, which do not go to tensor cores.
+        narrow = selected is None and keys.dtype != torch.float32
+        ahead = 4 if selected is None else 7  # the entries' names come before they do: four tiles in both cases
+        begins, ends, valid = blocks.first.contiguous(), blocks.end.contiguous(), valid.contiguous()
+        chosen, most = (begins, 1) if selected is None else (selected.contiguous(), max(slots, 1))
+        lists = {"CHOSEN": selected is not None, "BLOCK_K": triton.next_power_of_2(most)}
         width = slots * dim * keys.element_size() if learns and selected is not None else 0
         chunk = max(1, min(tokens, SCRATCH // max(4 * groups * slots + width, 1)))
         mass = torch.empty(groups * chunk * slots, device=device)
@@ -402,18 +407,19 @@ class _TritonIndexerLoss(torch.autograd.Function):
             numbers = length, count, slots
             _mass_kernel[(stop - start, groups)](
                 q, entries, lse, begins, ends, chosen, mass, start, q.shape[3] ** -0.5, *numbers,
-                **lists, **outer, BLOCK_N=32 if q.dtype == torch.float32 else 64, num_warps=8, num_stages=2,
+                **lists, **outer, num_warps=8, num_stages=ahead,
             )  # fmt: skip
             _token_kernel[(stop - start,)](
                 queries, keys, weights, mass, begins, ends, chosen, valid, kl, uniform, counted, whole, log_total,
                 query_gradient, weight_gradient, parts, start, *numbers,
-                **lists, **inner, GROUPS=groups, LEARNS=learns, BLOCK_N=tile, num_warps=4, num_stages=3,
+                **lists, **inner, GROUPS=groups, LEARNS=learns,
+                num_warps=4 if narrow else 8, num_stages=ahead,
             )  # fmt: skip
             if learns and selected is None:
                 _entry_kernel[(places, shares)](
-                    queries, keys, weights, mass, begins, ends, whole, log_total, *_seers(blocks, tile), key_gradient,
-                    start, stop, count, slots,
-                    **inner, GROUPS=groups, BLOCK_N=tile, num_warps=4, num_stages=3,
+                    queries, keys, weights, mass, begins, ends, whole, log_total,
+                    *_seers(blocks, inner["BLOCK_N"]), key_gradient, start, stop, count, slots, **inner, GROUPS=groups,
+                    num_warps=4 if narrow else 8, num_stages=3,
                 )  # fmt: skip
             elif learns:
                 order, bounds = _choosers(chosen.view(tokens, slots)[start:stop], start, length, count, batch * count)

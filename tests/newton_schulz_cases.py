@@ -83,7 +83,7 @@ def flash_calls() -> dict[str, Callable[[], object]]:
         "experts": (2, 2048, 4096),
         "experts, down": (2, 4096, 2048),
         "q_b": (1, 32768, 1024),
-        "kv": (2, 512, 4096),
+        "kv": (8, 512, 4096),
         "mHC, pre": (2, 4, 16384),
         "mHC, mix": (2, 16, 16384),
         "index weights": (2, 64, 4096),

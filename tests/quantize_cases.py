@@ -1,14 +1,15 @@
-"""Numbers to round, and roundings by the book, one number at a time in float64."""
+"""Numbers to round, and roundings by the book, one number at a time, exact in float64."""
 
+import bisect
 import math
 from collections.abc import Callable
-from fractions import Fraction
 
 import torch
 from torch import Tensor
 
-from openv4.kernels.fp4 import fake_quantize_fp4, fp4_weight, index_operand
-from openv4.kernels.fp8 import fake_quantize_kv, fp8_linear, round_columns, round_rows, round_weight
+from openv4.kernels.fp4 import fake_quantize_fp4, fp4_weight, index_operand, rotate
+from openv4.kernels.fp8 import fake_quantize_kv, fp8_linear, quantize_rows, round_weight, swiglu_fp8
+from openv4.kernels.quantize import dequantize, fp4_to_fp8, quantize_fp4, quantize_fp8
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 # E4M3 without its NaN: 8 subnormals, then 8 numbers for each of 15 exponents.
@@ -20,18 +21,23 @@ SHAPES = ((1, 1), (1, 31), (3, 32), (5, 33), (129, 130), (130, 257), (128, 128))
 
 def nearest(x: float, grid: tuple[float, ...]) -> float:
     """The number of the grid next to |x|, ties to the even code, with the sign of x; beyond the grid its end."""
-    size = abs(x)
-    best = min(range(len(grid)), key=lambda code: (abs(Fraction(grid[code]) - Fraction(size)), code % 2))
-    return math.copysign(grid[best], x)
+    size = min(abs(x), grid[-1])
+    above = bisect.bisect_left(grid, size)
+    below = max(above - 1, 0)
+    if grid[above] - size == size - grid[below]:
+        code = above if above % 2 == 0 else below
+    else:
+        code = above if grid[above] - size < size - grid[below] else below
+    return math.copysign(grid[code], x)
 
 
 def scale_of(values: list[float], largest: float, floor: float) -> float:
-    """2^ceil(log2(amax / largest)), by comparing exact fractions."""
+    """2^ceil(log2(amax / largest)): the smallest power of two that brings amax to ``largest`` or below."""
     amax = max(floor, *(abs(v) for v in values))
-    exponent = -200
-    while Fraction(2) ** exponent * Fraction(largest) < Fraction(amax):
+    exponent = math.frexp(amax)[1] - math.frexp(largest)[1] - 1
+    while math.ldexp(largest, exponent) < amax:
         exponent += 1
-    return 2.0**exponent
+    return math.ldexp(1.0, exponent)
 
 
 def round_group(values: list[float], grid: tuple[float, ...], floor: float) -> list[float]:
@@ -67,20 +73,30 @@ def flash_calls() -> dict[str, Callable[[], None]]:
         weight = torch.zeros(1024, 4096, requires_grad=True)
         fp8_linear(x, weight, round_weight(weight, dtype)).sum().backward()
 
-    def columns(dtype: torch.dtype) -> None:
-        round_columns(torch.zeros(256, 2048, dtype=dtype))
-        round_rows(torch.zeros(256, 2048, dtype=dtype))
+    def rows(dtype: torch.dtype) -> None:
+        gate, up = torch.zeros(2, 256, 2048, dtype=dtype)
+        quantize_rows(gate)
+        swiglu_fp8(gate, up, 10.0)
+        swiglu_fp8(gate, up, 0.0)
 
     def operands(dtype: torch.dtype) -> None:
         x = torch.zeros(1, 64, 64, 128, dtype=dtype, requires_grad=True)
         index_operand(x).sum().backward()
+        rotate(x).sum().backward()
         fake_quantize_fp4(x).sum().backward()
         fake_quantize_kv(torch.zeros(1, 256, 512, dtype=dtype, requires_grad=True), 64).sum().backward()
 
     def experts(dtype: torch.dtype) -> None:
-        fp4_weight(torch.zeros(2, 2048, 4096), dtype)
+        weight = torch.zeros(2, 2048, 4096)
+        fp4_weight(weight, dtype)
+        packed = quantize_fp4(weight.to(dtype))
+        dequantize(*packed, dtype)
+        dequantize(*quantize_fp8(weight.to(dtype)), dtype)
+        codes, scale, _ = fp4_to_fp8(*packed)
+        dequantize(codes, scale.float(), dtype)
+        dequantize(packed[0], packed[1].float(), dtype)
 
-    work = {"linear": linear, "columns": columns, "operands": operands, "experts": experts}
+    work = {"linear": linear, "rows": rows, "operands": operands, "experts": experts}
     return {
         f"{name} {str(dtype).removeprefix('torch.')}": lambda call=call, dtype=dtype: call(dtype)
         for name, call in work.items()

@@ -1,60 +1,21 @@
 """The lightning indexer: scores, choice, loss and recall against plain references, portion by portion or at once."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
+from attention_cases import PACKINGS, pack
+from indexer_cases import Case, draw
 from model_cases import relative_rms
-from test_attention import PACKINGS, TOLERANCE, pack
+from test_attention import TOLERANCE
 from torch import Tensor
 
 from openv4.kernels import indexer
-from openv4.kernels.attention import hybrid_attention
 from openv4.kernels.documents import Blocks, find_blocks, find_documents
 from openv4.kernels.indexer import index_scores, select_entries, select_top_k
 from openv4.kernels.indexer_loss import Attended, IndexerLoss, indexer_loss, indexer_loss_reference, selection_recall
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-class Case(NamedTuple):
-    """Arguments of the loss, float64; ``dense_lse`` is what attention to every entry has for a denominator."""
-
-    queries: Tensor
-    keys: Tensor
-    weights: Tensor
-    attention: Attended
-    blocks: Blocks
-    valid: Tensor
-    selected: Tensor | None
-    dense_lse: Tensor
-
-
-def draw(
-    length: int,
-    packing: str = "random",
-    ratio: int = 4,
-    k: int | None = None,
-    batch: int = 2,
-    heads: int = 5,
-    dim: int = 3,
-    seed: int = 0,
-) -> Case:
-    """``k`` None: dense. The softmax's denominator is that of real attention, so that masses are probabilities."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    documents = find_documents(pack(packing, batch, length, generator))
-    blocks = find_blocks(documents, ratio)
-    count = length // ratio
-    queries, keys, weights = normal(batch, length, heads, dim), normal(batch, count, dim), normal(batch, length, heads)
-    q, kv, sink, entries = normal(batch, length, 2, 4), normal(batch, length, 4), normal(2), 2 * normal(batch, count, 4)
-    selected = None if k is None else select_entries(queries, keys, weights, blocks, k)
-    _, dense_lse = hybrid_attention(q, kv, sink, documents.first, 3, entries, blocks)
-    _, lse = hybrid_attention(q, kv, sink, documents.first, 3, entries, blocks, selected)
-    return Case(queries, keys, weights, Attended(q, entries, lse), blocks, documents.valid, selected, dense_lse)
 
 
 def run(function: Any, case: Case, dtype: torch.dtype) -> tuple[IndexerLoss, tuple[Tensor, ...]]:

@@ -99,10 +99,23 @@ def held(x: Tensor) -> module._Pair:
     return module._Pair(x.half(), (x - x.half().float()).half())
 
 
-@pytest.mark.parametrize("terms", [1, 3])
-@pytest.mark.parametrize(("n", "k"), [(5, 3), (40, 33), (70, 130)])
-def test_symmetric_products_bit_for_bit(n: int, k: int, terms: int) -> None:
-    """Of integers, whose sums are exact: what is on and below the diagonal, and its mirror image."""
+@pytest.mark.parametrize(
+    ("n", "k", "terms", "block"),
+    [
+        (5, 3, 1, "SMALL"),
+        (40, 33, 3, "SMALL"),
+        (70, 130, 1, "SMALL"),
+        (130, 20, 1, "SMALL"),
+        (130, 20, 3, "MEDIUM"),
+        (300, 70, 1, "LARGE"),
+    ],
+)
+def test_symmetric_products_bit_for_bit(
+    n: int, k: int, terms: int, block: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of integers, whose sums are exact: what is on and below the diagonal, and its mirror image. Of so few tiles all
+    are SMALL, or what takes its place here."""
+    monkeypatch.setattr(module, "SMALL", getattr(module, block))
     a, b = integers(2, n, k, seed=0), integers(2, n, k, seed=1)
     c, d = (integers(2, n, n, seed=i) * 100 + 7 for i in (2, 3))
     with poisoned():
@@ -121,9 +134,11 @@ def test_a_product_in_parts_bit_for_bit() -> None:
     assert torch.equal(out.high, expected.high) and torch.equal(out.low, expected.low)
 
 
-@pytest.mark.parametrize("by_columns", [False, True])
-def test_application_bit_for_bit(by_columns: bool) -> None:
-    factor, x = integers(2, 40, 40, seed=0), integers(2, 40, 70, seed=1)
+@pytest.mark.parametrize(
+    ("n", "m", "by_columns"), [(40, 70, False), (40, 70, True), (140, 150, True), (130, 1030, False)]
+)
+def test_application_bit_for_bit(n: int, m: int, by_columns: bool) -> None:
+    factor, x = integers(2, n, n, seed=0), integers(2, n, m, seed=1)
     stored = held(x.mT.contiguous().mT if by_columns else x)
     result = torch.full_like(stored.high, torch.nan, dtype=torch.float32)
     with poisoned():
