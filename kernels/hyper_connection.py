@@ -133,6 +133,24 @@ def _chosen(streams: Tensor, *others: Tensor, constraint: Constraint = "sinkhorn
     return "torch" if constraint == "none" or streams.shape[2] > 8 else chosen
 
 
+def mhc_post_pre(
+    streams: Tensor,
+    output: Tensor,
+    mixing: Mixing,
+    fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    iterations: int,
+    eps: float,
+    norm_eps: float,
+    constraint: Constraint = "sinkhorn",
+) -> tuple[Tensor, Tensor, Mixing]:
+    """``mhc_post`` of one site and ``mhc_pre`` of the next: new streams, the next layer's input, its mixing."""
+    streams = mhc_post(streams, output, mixing)
+    x, following = mhc_pre(streams, fn, base, scale, iterations, eps, norm_eps, constraint)
+    return streams, x, following
+
+
 class Gains(NamedTuple):
     """What composite mixings do to a signal on its way up and to a gradient on its way down, for each of L sites."""
 
