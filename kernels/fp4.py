@@ -156,7 +156,7 @@ def _hold_in_fp8(groups: Tensor, scale: Tensor) -> Tensor:
     down, across = -rows % FP8_BLOCK, -count % (FP8_BLOCK // FP4_GROUP)
     tiles = F.pad(scale.nan_to_num(0.0), (0, across, 0, down))  # zeros are never the largest scale
     tiles = tiles.unflatten(1, (-1, FP8_BLOCK // FP4_GROUP)).unflatten(0, (-1, FP8_BLOCK))
-    coarse = tiles.amax((1, 3), keepdim=True).clamp_(min=2.0**-121)  # E8M0 ends at 2^-127
+    coarse = tiles.amax((1, 3), keepdim=True)
     fp8 = (coarse / 64).expand_as(tiles).flatten(2).flatten(0, 1)[:rows, :count].unsqueeze(-1)
     held = nearest(groups / fp8, E4M3).mul_(fp8)
     changed: Tensor = F.pad((held != groups).any(-1) & scale.isfinite(), (0, across, 0, down))

@@ -88,8 +88,8 @@ def train_second(precision: str, seed: int) -> None:
         f"model.pretrained={find_weights(first_run('fp32', seed))}",
         f"output={second_run(precision, seed)}",
     ]
-    common = [setting for setting in COMMON if not setting.startswith("model")]
-    train(load_config([*common, "model=null", f"data={RUNS / 'data'}", *settings]))
+    common = [setting for setting in COMMON if not setting.startswith(("run", "model"))]
+    train(load_config(["run=finetune", *common, f"data.path={RUNS / 'data'}", "epochs=null", *settings]))
 
 
 def loss(run: Path, precision: str, streams: str = "bf16") -> float:
