@@ -10,6 +10,8 @@ Shapes: B batch, T tokens, M = B T, S streams, D hidden, R rows of the projectio
 Source: recipe 4 and 13; mHC: arXiv 2512.24880, HC is its equation 5, of arXiv 2409.19606; official inference code.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -20,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .dispatch import Implementation, implementation
+from .hyper_connection_triton import Constants, TritonRead, TritonWrite, TritonWriteRead
 from .norm import at_least_fp32, rms_norm
 
 Constraint = Literal["sinkhorn", "none"]
@@ -69,20 +73,27 @@ def mhc_pre(
             RMS-normalised streams; base: ``[S (S + 2)]`` static part; scale: ``[3]`` gates of pre, post and residual.
         iterations: of Sinkhorn's normalisation; constraint: "none" leaves it and the sigmoids out.
     """
-    x, post, residual = _Read.apply(streams, fn, base, scale, _site(iterations, eps, constraint), norm_eps)
+    if _chosen(streams, fn, base, scale, constraint=constraint) == "triton":
+        x, post, residual = TritonRead.apply(streams, fn, base, scale, Constants(iterations, eps, norm_eps))
+    else:
+        x, post, residual = _Read.apply(streams, fn, base, scale, _site(iterations, eps, constraint), norm_eps)
     return x, Mixing(post, residual)
 
 
 def mhc_head(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, eps: float, norm_eps: float) -> Tensor:
     """The head's input ``[B, T, D]`` from ``streams [B, T, S, D]``; fn ``[S, S D]``, base ``[S]``, scale ``[1]``."""
     x: Tensor
-    (x,) = _Read.apply(streams, fn, base, scale, partial(_head, eps=eps), norm_eps)
+    if _chosen(streams, fn, base, scale) == "triton":
+        x, _, _ = TritonRead.apply(streams, fn, base, scale, Constants(0, eps, norm_eps))
+    else:
+        (x,) = _Read.apply(streams, fn, base, scale, partial(_head, eps=eps), norm_eps)
     return x
 
 
 def mhc_post(streams: Tensor, output: Tensor, mixing: Mixing) -> Tensor:
     """The streams after a layer: mixed among themselves, plus the layer's ``output [B, T, D]`` in each."""
-    new: Tensor = _Write.apply(streams, output, *mixing)
+    write = TritonWrite if _chosen(streams, output, *mixing) == "triton" else _Write
+    new: Tensor = write.apply(streams, output, *mixing)
     return new
 
 
@@ -98,10 +109,22 @@ def mhc_post_pre(
     norm_eps: float,
     constraint: Constraint = "sinkhorn",
 ) -> tuple[Tensor, Tensor, Mixing]:
-    """``mhc_post`` of one site and ``mhc_pre`` of the next: new streams, the next layer's input, its mixing."""
-    streams = mhc_post(streams, output, mixing)
-    x, following = mhc_pre(streams, fn, base, scale, iterations, eps, norm_eps, constraint)
-    return streams, x, following
+    """``mhc_post`` of a site and ``mhc_pre`` of the next one: new streams, the next layer's input, the next mixing.
+
+    One pass where Triton runs: the new streams are written, and read again only from L2.
+    """
+    tensors = streams, output, *mixing, fn, base, scale
+    if _chosen(*tensors, constraint=constraint) == "triton":
+        new, x, post, residual = TritonWriteRead.apply(*tensors, Constants(iterations, eps, norm_eps))
+        return new, x, Mixing(post, residual)
+    new = mhc_post(streams, output, mixing)
+    return new, *mhc_pre(new, fn, base, scale, iterations, eps, norm_eps, constraint)
+
+
+def _chosen(streams: Tensor, *others: Tensor, constraint: Constraint = "sinkhorn") -> Implementation:
+    """Kernels unroll S^2 products: beyond 8 streams, and for unconstrained coefficients, there is torch."""
+    chosen = implementation(streams, *others)
+    return "torch" if constraint == "none" or streams.shape[2] > 8 else chosen
 
 
 class Gains(NamedTuple):

@@ -9,13 +9,13 @@ Parameter and buffer names are those of the released checkpoints, except that ro
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.hyper_connection import Mixing, mhc_head, mhc_post, mhc_pre
+from ..kernels.hyper_connection import mhc_head, mhc_post, mhc_post_pre, mhc_pre
 from ..kernels.norm import at_least_fp32
 from .attention import Attention, AttentionTask, Geometry, IndexerReport
 from .cache import Cache, LayerCache
@@ -81,20 +81,20 @@ class Block(nn.Module):
         route: Route,
         cache: LayerCache | None = None,
     ) -> tuple[Tensor, BlockReport]:
-        x, mixing = self._read(streams, "attn")
+        x, mixing = mhc_pre(streams, *self._site("attn"))
         output, sink, indexer = self.attn(self.attn_norm(x), geometry, task, route, cache)
-        streams = mhc_post(streams, output, mixing)
         attention_residual = mixing.residual.detach()
-        x, mixing = self._read(streams, "ffn")
+        streams, x, mixing = mhc_post_pre(streams, output, mixing, *self._site("ffn"))
         documents = geometry.documents
         output, routing = self.ffn(self.ffn_norm(x), tokens, documents.first, documents.valid, route)
         streams = mhc_post(streams, output, mixing)
         return streams, BlockReport(routing, sink, (attention_residual, mixing.residual.detach()), indexer)
 
-    def _read(self, streams: Tensor, site: str) -> tuple[Tensor, Mixing]:
-        fn, base, scale = (getattr(self, f"hc_{site}_{part}") for part in ("fn", "base", "scale"))
+    def _site(self, site: str) -> tuple[Any, ...]:
+        """What ``mhc_pre`` takes besides the streams."""
+        weights = (getattr(self, f"hc_{site}_{part}") for part in ("fn", "base", "scale"))
         c = self.config
-        return mhc_pre(streams, fn, base, scale, c.hc_sinkhorn_iters, c.hc_eps, c.rms_norm_eps, c.hc_constraint)
+        return *weights, c.hc_sinkhorn_iters, c.hc_eps, c.rms_norm_eps, c.hc_constraint
 
 
 class MTPBlock(Block):

@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from openv4.kernels.hyper_connection import Mixing, mhc_head, mhc_post, mhc_post_pre, mhc_pre
+
 # The sums have the width of the streams (some hundred terms) or, in the gradients of a site's parameters, the length of
 # the rows (some thousand), and each is off by about the square root of that many roundings, of 6e-8 or 1e-16. The 20
 # iterations of Sinkhorn's normalisation contract errors.
@@ -42,3 +44,42 @@ def run(function: Sites, arguments: list[Tensor], *dtypes: torch.dtype) -> list[
     generator = torch.Generator().manual_seed(1)
     upper = [torch.randn(x.shape, generator=generator).bfloat16().to(x.dtype) for x in outputs]
     return [*outputs, *torch.autograd.grad(outputs, inputs, upper)]
+
+
+def flash_calls() -> dict[str, Callable[[], None]]:
+    """Every operation at V4-Flash's sizes, forward and backward, few tokens."""
+    streams, hidden, tokens = 4, 4096, 256
+    rows = streams * (streams + 2)
+
+    def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, requires_grad=True)
+
+    def site(rows: int = rows, gates: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+        return leaf(rows, streams * hidden), leaf(rows), leaf(gates)
+
+    def backward(*outputs: Tensor) -> None:
+        torch.autograd.backward(outputs, [torch.zeros_like(x) for x in outputs])
+
+    def pre(dtype: torch.dtype) -> None:
+        x, mixing = mhc_pre(leaf(1, tokens, streams, hidden, dtype=dtype), *site(), 20, 1e-6, 1e-6)
+        backward(x, *mixing)
+
+    def head(dtype: torch.dtype) -> None:
+        backward(mhc_head(leaf(1, tokens, streams, hidden, dtype=dtype), *site(streams, 1), 1e-6, 1e-6))
+
+    def write(dtype: torch.dtype) -> tuple[Tensor, Tensor, Mixing]:
+        old, output = leaf(1, tokens, streams, hidden, dtype=dtype), leaf(1, tokens, hidden, dtype=dtype)
+        return old, output, Mixing(leaf(1, tokens, streams), leaf(1, tokens, streams, streams))
+
+    def post(dtype: torch.dtype) -> None:
+        backward(mhc_post(*write(dtype)))
+
+    def post_pre(dtype: torch.dtype) -> None:
+        new, x, mixing = mhc_post_pre(*write(dtype), *site(), 20, 1e-6, 1e-6)
+        backward(new, x, *mixing)
+
+    return {
+        f"{call.__name__} {str(dtype).removeprefix('torch.')}": lambda call=call, dtype=dtype: call(dtype)
+        for call in (pre, head, post, post_pre)
+        for dtype in (torch.bfloat16, torch.float32)
+    }

@@ -51,7 +51,8 @@ def outputs_and_gradients(
     found = {f"out {i}": r.detach() for i, r in enumerate(results) if isinstance(r, Tensor)}
     generator = torch.Generator().manual_seed(upstream)
     moved = [r for r in results if isinstance(r, Tensor) and r.requires_grad]
-    slopes = [torch.randn(r.shape, generator=generator).to(r.device, r.dtype) for r in moved]
+    # Numbers that bfloat16 holds, so that every dtype gets the same.
+    slopes = [torch.randn(r.shape, generator=generator).bfloat16().to(r.device, r.dtype) for r in moved]
     if moved:
         torch.autograd.backward(moved, slopes)
     for name, leaf in leaves.items():

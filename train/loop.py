@@ -201,7 +201,8 @@ def build_model(config: TrainConfig, device: torch.device) -> Transformer:
     if config.pretrained is None:
         model = Transformer(config.model, recompute=config.recompute)
         init_weights(model, config.seed)
-        return model.to(device)
+        apply_precision(model.to(device), config.precision)
+        return model
     base = config.precision.base
     with progress_bar("loading") as advance:
         model = load_pretrained(
@@ -217,6 +218,7 @@ def build_model(config: TrainConfig, device: torch.device) -> Transformer:
         found, wanted = getattr(model.config, key), getattr(config.model, key)
         raise ConfigError(f"model.{key}={wanted}: {config.pretrained} has {found}; leave it out")
     model.recompute = config.recompute
+    apply_precision(model, config.precision)
     if config.lora is not None:
         try:
             add_lora(model, config.lora, config.seed)
