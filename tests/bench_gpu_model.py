@@ -20,6 +20,7 @@ from gpu_protocol import Benchmark, Case, NotHereError, Place, Target, Timer, br
 from torch import Tensor
 
 from openv4.kernels.dispatch import Choice, using
+from openv4.kernels.hyper_connection import Mixing
 from openv4.model import ModelConfig, Transformer, transformer
 from openv4.model.accounting import count_parameters, training_flops_per_token
 from openv4.model.config import Recompute, without_mtp
@@ -230,7 +231,7 @@ def plain_residual() -> Iterator[None]:
 
     def read(streams: Tensor, *_: Any) -> tuple[Tensor, Any]:
         ones = streams.new_ones(*streams.shape[:2], 1, 1)
-        return streams.squeeze(2), transformer.Mixing(ones[..., 0], ones)
+        return streams.squeeze(2), Mixing(ones[..., 0], ones)
 
     def write(streams: Tensor, output: Tensor, *_: Any) -> Tensor:
         return streams + output.unsqueeze(2)
@@ -239,9 +240,8 @@ def plain_residual() -> Iterator[None]:
         new = write(streams, output)
         return new, *read(new)
 
-    known = {"mhc_pre": read, "mhc_post": write, "mhc_post_pre": both, "mhc_head": lambda streams, *_: streams[:, :, 0]}
-    used = {name: function for name, function in known.items() if hasattr(transformer, name)}
-    with mock.patch.multiple(transformer, **used):
+    plain = {"mhc_pre": read, "mhc_post": write, "mhc_post_pre": both, "mhc_head": lambda streams, *_: streams[:, :, 0]}
+    with mock.patch.multiple(transformer, **plain):
         yield
 
 

@@ -7,7 +7,6 @@ import pytest
 from compile_kernels import TESTS, Report, cases_of, compile_file, jitted, kernel_files, kernels_of, launched, table
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("path", kernel_files(), ids=lambda path: path.stem)
 def test_kernels_compile(path: Path) -> None:
     report = compile_file(path, cases_of(path))
