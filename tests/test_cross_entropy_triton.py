@@ -85,8 +85,8 @@ def test_confident_predictions() -> None:
     wanted = exact(inputs)
     assert wanted["out 0"] / 40 < 0.05
     found = on_triton(inputs)
-    for name in ("gradient of hidden", "gradient of weight"):
-        assert relative_error(found[name], wanted[name]) < 2**-8
+    for name in ("gradient of hidden", "gradient of weight"):  # weight, slope, result, its product with the loss's
+        assert relative_error(found[name], wanted[name]) < 4 * 2**-9
     assert relative_error(found["out 0"], wanted["out 0"]) < 2e-4  # of a loss of 0.01 by logits of 20, rounded by 6e-8
 
 
@@ -138,7 +138,7 @@ def test_only_what_is_asked_for_gets_a_gradient(frozen: str) -> None:
     if frozen != "both":
         other = "hidden" if frozen == "weight" else "weight"
         (gradient,) = torch.autograd.grad(loss, leaves[other])
-        upstream = torch.randn((), generator=torch.Generator().manual_seed(0))  # of run_as
+        upstream = torch.randn((), generator=torch.Generator().manual_seed(0)).bfloat16().float()  # of run_as
         torch.testing.assert_close((gradient.cpu() * upstream), expected[f"gradient of {other}"], rtol=2**-8, atol=0)
 
 
