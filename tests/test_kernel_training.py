@@ -18,8 +18,8 @@ from openv4.train.precision import apply_precision
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-STEPS = 4
-TOKENS = 37
+STEPS = 2
+TOKENS = 23
 
 
 def train(
@@ -33,14 +33,14 @@ def train(
     )  # fmt: skip
     model = random_model(config, 0).to(DEVICE)
     apply_precision(model, precision)
-    optimizers = build_optimizers(model.named_parameters(), model.row_splits(), OptimConfig())
+    optimizers = build_optimizers(model.named_parameters(), model.row_splits(), OptimConfig(matrices="adamw"))
     plan = Plan(0, "", TOKENS, 1, 1e-2, attention, 0.3, 0.1, 0.01, 0.5)
     generator = torch.Generator().manual_seed(0)
     losses, norms = [], []
     with using(implementation):
         for _ in range(STEPS):
             tokens = torch.randint(0, config.vocab_size, (1, TOKENS), generator=generator).to(DEVICE)
-            segments = (torch.arange(TOKENS) // 29).expand(1, -1).to(DEVICE)
+            segments = (torch.arange(TOKENS) // 17).expand(1, -1).to(DEVICE)
             report = training_step(model, optimizers, [Batch(tokens, segments, ())], plan, 1.0)
             losses.append(torch.stack((report.main, report.mtp, report.balance)).cpu())
             norms.append(report.grad_norm.cpu())
@@ -51,13 +51,14 @@ def train(
 @pytest.mark.slow
 @pytest.mark.parametrize("attention", ["dense", "sparse"])
 def test_float32(attention: AttentionMode) -> None:
-    """Sums in another order differ by 1e-7; four steps of Muon, whose updates have the size of the weights whatever
-    the gradient's, leave 1e-5."""
+    """Sums in another order differ by 1e-7; AdamW, whose first updates have the size of the learning rate however small
+    the gradient, makes more of it: weights whose gradient is rounding alone go their own way, so these are not compared.
+    (Muon's products are tested by themselves: interpreted, a step of it takes minutes.)"""
     precision = PrecisionConfig("fp32")
     wanted = train("torch", precision, attention)
     for implementation in ("reference", "triton"):
         found = train(implementation, precision, attention)  # type: ignore[arg-type]
-        for ours, theirs, tolerance in zip(found, wanted, (1e-5, 1e-4, 1e-4), strict=True):
+        for ours, theirs, tolerance in zip(found[:2], wanted[:2], (1e-5, 1e-4), strict=True):
             assert relative_rms(ours, theirs) < tolerance
 
 
