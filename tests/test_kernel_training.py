@@ -52,7 +52,7 @@ def train(
 @pytest.mark.parametrize("attention", ["dense", "sparse"])
 def test_float32(attention: AttentionMode) -> None:
     """Sums in another order differ by 1e-7; AdamW, whose first updates have the size of the learning rate however small
-    the gradient, makes more of it: weights whose gradient is rounding alone go their own way, so these are not compared.
+    the gradient, makes more of it: weights whose gradient is rounding alone go their own way, which is not compared.
     (Muon's products are tested by themselves: interpreted, a step of it takes minutes.)"""
     precision = PrecisionConfig("fp32")
     wanted = train("torch", precision, attention)
