@@ -21,8 +21,8 @@ Compute = Literal["fp32", "bf16", "fp8", "fp4_qat"]
 # Context and workspaces of CUDA, buffers of NCCL and DeepSpeed, what the allocator cannot use: an allowance, no
 # calculation.
 RUNTIME_BYTES = 6e9
-# Resident memory of `openv4 train` on a CPU before there is a model: Python, torch, the other libraries; measured. 75 MB
-# of it are triton's, which torch's optimizers load where it is installed.
+# Resident memory of `openv4 train` on a CPU before there is a model: Python, torch, the other libraries; measured.
+# 75 MB of it are triton's, which torch's optimizers load where it is installed.
 PROCESS_BYTES = 500e6
 # What oneDNN compiles for products in bfloat16 on a CPU, from so many tokens on: measured in short runs, 320 to 400 MB;
 # it grows slowly with the number of steps, as experts get other numbers of tokens.
