@@ -11,14 +11,13 @@ Shapes: I input features, O output features, G groups of a grouped product, M to
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib import import_module
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import INTERPRETED, implementation, jit, tl, triton
+from .dispatch import implementation, jit, tl, triton
 from .numerics import cast
 from .quantize import (
     E4M3,
@@ -34,9 +33,7 @@ from .quantize import (
     scale_byte,
     scale_of,
 )
-
-_INTERPRETED = INTERPRETED if tl is None else tl.constexpr(INTERPRETED)
-libdevice = None if tl is None else import_module("triton.language.extra.libdevice")
+from .swiglu import clamped, clamped_swiglu, silu
 
 # Elements that are rounded at once on a CPU: few enough for the cache, many enough that the dozen small operations do
 # not count (measured from 2^15 to 2^20).
@@ -100,10 +97,7 @@ def swiglu_fp8(gate: Tensor, up: Tensor, limit: float) -> tuple[Tensor, Tensor, 
     """
     if gate.numel() and implementation(gate, up) == "triton":
         return _swiglu_on_device(gate, up, limit)
-    wide, other = gate.float(), up.float()
-    if limit > 0:
-        wide, other = wide.clamp(max=limit), other.clamp(-limit, limit)
-    hidden = (F.silu(wide) * other).to(gate.dtype)
+    hidden = clamped_swiglu(gate, up, limit, gate.dtype)
     return hidden, *quantize_rows(hidden)
 
 
@@ -317,15 +311,6 @@ def _round_columns_kernel(x, out, rows, columns, GROUP: tl.constexpr, WHOLE: tl.
 
 
 @jit
-def _silu(x):
-    """On a GPU to the bit as torch computes it: the exponential of CUDA's library and a division that is rounded."""
-    if _INTERPRETED:
-        return x / (1 + tl.exp(-x))
-    else:
-        return tl.div_rn(x, 1 + libdevice.exp(-x))
-
-
-@jit
 def _swiglu_kernel(gate, up, hidden, codes, scales, rows, columns, limit, CLAMP: tl.constexpr, ROWS: tl.constexpr):
     """One group of 128 of ROWS rows."""
     groups = tl.cdiv(columns, 128)
@@ -336,11 +321,8 @@ def _swiglu_kernel(gate, up, hidden, codes, scales, rows, columns, limit, CLAMP:
     at = row[:, None] * columns + column[None, :]
     a = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
-    if CLAMP:
-        # As torch's clamp: NaN stays.
-        a = tl.where(a > limit, limit, a)
-        b = tl.where(b > limit, limit, tl.where(b < -limit, -limit, b))
-    made = cast(_silu(a) * b, hidden.dtype.element_ty)
+    a, b = clamped(a, b, limit, CLAMP)
+    made = cast(silu(a) * b, hidden.dtype.element_ty)
     tl.store(hidden + at, made, mask=inside)
     value = made.to(tl.float32)
     largest = largest_of(value, 1)

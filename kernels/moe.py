@@ -1,4 +1,4 @@
-"""Mixture of experts: router scores, the choice of experts, and their clamped SwiGLU.
+"""Routed experts: every token through the experts it chose, nothing dropped.
 
 Shapes: M tokens (batch and length flattened), D hidden, E experts, K experts per token, F expert intermediate, L rank
 of adapters, R rows of the grouped products: M K copies of tokens, sorted by expert, each expert's share padded to whole
@@ -11,9 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .dispatch import implementation
 from .fp8 import round_columns, round_rows
+from .moe_triton import TritonRoutedExperts
 from .norm import at_least_fp32
 from .quantize import FP8_BLOCK, Quantized
+from .router import expert_load
+from .swiglu import clamped_rows, clamped_swiglu
 
 # Elements of quantised experts that are dequantised at once.
 CPU_ELEMENTS, GPU_ELEMENTS = 2**22, 2**26
@@ -22,43 +26,6 @@ CPU_ELEMENTS, GPU_ELEMENTS = 2**22, 2**26
 # fewer than 12 with MKL), and then a token's output would depend on how many others, of whatever document, chose the
 # same expert.
 TILE = 16
-
-
-def router_scores(x: Tensor, weight: Tensor) -> Tensor:
-    """sqrt(softplus(x W^T)), ``[M, E]`` float32 (recipe 3).
-
-    Below a logit of -20 the value is exp(logit / 2) to 1e-9 relative; taking that branch keeps the gradient finite
-    where softplus underflows to zero and the square root's slope does not.
-    """
-    logits = F.linear(at_least_fp32(x), at_least_fp32(weight))
-    tail = logits < -20
-    return torch.where(tail, (logits / 2).exp(), F.softplus(logits.masked_fill(tail, 0.0)).sqrt())
-
-
-def top_experts(scores: Tensor, k: int) -> Tensor:
-    """Ids of the k best experts of each token, ``[M, K]`` int64; ties go to the lowest id."""
-    # A copy: a view would keep the order of all experts alive until the backward pass, 2.7 GB in a LoRA step of Flash.
-    return scores.sort(dim=-1, descending=True, stable=True).indices[:, :k].contiguous()
-
-
-def expert_weights(scores: Tensor, ids: Tensor, scale: float) -> Tensor:
-    """Scores of the chosen experts, normalised to sum to ``scale``, ``[M, K]``."""
-    chosen = scores.gather(1, ids)
-    return chosen / (chosen.sum(-1, keepdim=True) + 1e-20) * scale
-
-
-def clamped_swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
-    """silu(min(gate, limit)) * clip(up, -limit, limit), at least float32; no clamp if ``limit`` is 0 (recipe 3)."""
-    gate, up = at_least_fp32(gate), at_least_fp32(up)
-    if limit > 0:
-        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-    return F.silu(gate) * up
-
-
-def clamp_hits(gate: Tensor, up: Tensor, limit: float) -> Tensor:
-    """Share of elements that ``clamped_swiglu`` clamps, 0-dim float32."""
-    width = gate.shape[-1]
-    return _clamped_rows(gate.reshape(-1, width), up.reshape(-1, width), limit).sum() / (2 * gate.numel())
 
 
 class LowRank(NamedTuple):
@@ -132,6 +99,10 @@ def routed_experts(
     Returns:
         output ``[M, D]``, at least float32 (experts are summed so), and the share of clamped elements (0-dim).
     """
+    dense = all(isinstance(w, Tensor) for w in (w1, w3, w2))
+    if dense and adapters is None and ids.numel() and w1.numel() and implementation(x, weights) == "triton":
+        routed: tuple[Tensor, Tensor] = TritonRoutedExperts.apply(x, ids, weights, w1, w3, w2, limit, rounded)
+        return routed
     # Rows of whole 16 bytes: torch's grouped product asks for them, and with others BLAS sums a row by its place.
     unit = 16 // x.element_size()
     wide, inner = -x.shape[1] % unit, -w1.shape[1] % unit
@@ -175,7 +146,7 @@ class _Layout(NamedTuple):
     @classmethod
     def of(cls, ids: Tensor, experts: int, tile: int = TILE) -> "_Layout":
         flat = ids.flatten()
-        sizes = torch.bincount(flat, minlength=experts)
+        sizes = expert_load(ids, experts)
         padded = (sizes + (tile - 1)) // tile * tile
         ends = padded.cumsum(0)
         # Off the CPU the number of rows is bounded, not read, so that the host does not wait; what follows the last
@@ -277,7 +248,7 @@ class _RoutedExperts(torch.autograd.Function):
         if factors:
             down.add_(layout.product(layout.product(hidden, a2.mT), b2.mT))
         output = layout.gather(down)
-        hits = _clamped_rows(gate, up, limit)[layout.slot].sum() / max(2 * layout.slot.numel() * gate.shape[1], 1)
+        hits = clamped_rows(gate, up, limit)[layout.slot].sum() / max(2 * layout.slot.numel() * gate.shape[1], 1)
         learned = (w if isinstance(w, Tensor) else None for w in matrices)
         ctx.save_for_backward(x, weights, *(learned if rounded is None else rounded), gate, up, *layout, *factors)
         ctx.rounded = rounded is not None
@@ -337,10 +308,3 @@ class _RoutedExperts(torch.autograd.Function):
             to_factors = (*outers, *to_factors)
         to_weights = to_scale[layout.slot].squeeze(-1)
         return layout.gather(to_rows).to(x.dtype), None, to_weights, to_w1, to_w3, to_w2, None, None, *to_factors
-
-
-def _clamped_rows(gate: Tensor, up: Tensor, limit: float) -> Tensor:
-    """How many elements of each row ``clamped_swiglu`` clamps, ``[R]`` float32."""
-    if limit <= 0:
-        return gate.new_zeros(len(gate), dtype=torch.float32)
-    return ((gate > limit).sum(1) + (up.abs() > limit).sum(1)).float()

@@ -9,8 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..kernels.moe import clamp_hits, clamped_swiglu, expert_weights, routed_experts, router_scores, top_experts
+from ..kernels.moe import routed_experts
 from ..kernels.quantize import Quantized
+from ..kernels.router import expert_load, expert_weights, router_scores, top_experts
+from ..kernels.swiglu import clamp_hits, clamped_swiglu
 from .config import ModelConfig
 from .layers import Linear
 from .precision import RoundedWeight
@@ -106,7 +108,7 @@ class SharedExpert(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = self.w1(x), self.w3(x)
-        hidden = clamped_swiglu(gate, up, self.limit).to(x.dtype)
+        hidden = clamped_swiglu(gate, up, self.limit, x.dtype)
         return self.w2(hidden), clamp_hits(gate.detach(), up.detach(), self.limit)
 
 
@@ -125,8 +127,7 @@ class MoE(nn.Module):
         ids, weights, scores = self.gate(flat, tokens.flatten(), route)
         routed, routed_clamped = self.experts(flat, ids, weights)
         shared, shared_clamped = self.shared_experts(flat)
-        counted = valid.flatten()
-        load = torch.bincount(ids[counted].flatten(), minlength=scores.shape[1])
+        load = expert_load(ids, scores.shape[1], valid.flatten())
         share = self.gate.top_k / (self.gate.top_k + 1)
         clamped = routed_clamped * share + shared_clamped * (1 - share)
         if self.gate.tid2eid is None:

@@ -164,7 +164,7 @@ def experts(
 
 
 def router(place: Place, tokens: int, hidden: int = 4096, count: int = 256) -> Case:
-    score, best = (operation("kernels.moe", name) for name in ("router_scores", "top_experts"))
+    score, best = (operation("kernels.router", name) for name in ("router_scores", "top_experts"))
     draw = Draw(place)
     inputs = {"x": draw.normal(tokens, hidden), "weight": draw.float32(count, hidden, scale=hidden**-0.5)}
 

@@ -9,14 +9,11 @@ from torch import Tensor
 from openv4.kernels.moe import (
     ExpertAdapters,
     LowRank,
-    clamp_hits,
-    clamped_swiglu,
-    expert_weights,
     routed_experts,
     routed_experts_reference,
-    router_scores,
-    top_experts,
 )
+from openv4.kernels.router import expert_load, expert_weights, router_scores, top_experts
+from openv4.kernels.swiglu import clamp_hits, clamped_swiglu
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -19,7 +19,7 @@ import openv4.model.transformer as transformer_module
 import openv4.train.loop as loop
 from openv4.data.loader import Batch
 from openv4.kernels.indexer import select_entries
-from openv4.kernels.moe import top_experts
+from openv4.kernels.router import top_experts
 from openv4.model import Transformer
 from openv4.model.config import AttentionMode, Recompute
 from openv4.model.loss import Counts, Losses, token_losses, training_losses

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.moe import clamp_hits, clamped_swiglu
+from ..kernels.swiglu import clamp_hits, clamped_swiglu
 from ..model.precision import RoundedWeight
 
 # Rows of a product, and features of a weight, must be multiples of this.
