@@ -70,6 +70,17 @@ def _combine_kernel(rows, slot, out, tokens, columns, K: tl.constexpr, ROWS: tl.
 
 
 @jit
+def _pick_kernel(parts, slot, out, copies, rows, count, BLOCK: tl.constexpr):
+    """Sum of the ``count`` parts of each copy's row."""
+    copy = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(slot + copy, mask=copy < copies, other=0).to(tl.int64)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for part in range(count):
+        total += tl.load(parts + row + part * rows, mask=copy < copies, other=0.0)
+    tl.store(out + copy, numerics.cast(total, out.dtype.element_ty), mask=copy < copies)
+
+
+@jit
 def _tile_of(ends, experts, row_tiles, columns, EXPERTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, NEAR: tl.constexpr):
     """This program's first row, its first column, and the expert that the rows belong to: ``experts`` if none.
 
@@ -345,7 +356,10 @@ class TritonRoutedExperts(torch.autograd.Function):
             to_gate, to_up, to_scales, tokens, width, inner, experts, tall, float(ctx.limit),
             CLAMP=ctx.limit > 0, **constants,
         )  # fmt: skip
-        to_weights = to_scales.sum(0)[rows.slot.long()].to(weights_dtype)
+        to_weights, copies = x.new_empty(rows.slot.shape, dtype=weights_dtype), rows.slot.numel()
+        _pick_kernel[(triton.cdiv(copies, 256),)](
+            to_scales, rows.slot, to_weights, copies, shape.rows, len(to_scales), BLOCK=256
+        )
 
         # Operands of the matrices' gradients: tokens by their index, or rounded in groups of an expert's rows.
         tokens_of, upper_of = (x, rows.source), (upper, rows.source)

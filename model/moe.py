@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..kernels.balance import balance_loss
 from ..kernels.moe import routed_experts
 from ..kernels.quantize import Quantized
 from ..kernels.router import expert_load, expert_weights, router_scores, top_experts
@@ -137,29 +138,3 @@ class MoE(nn.Module):
             balance = scores.new_zeros(())
         output = (routed + shared).to(x.dtype).view_as(x)
         return output, Routing(load, balance, clamped)
-
-
-def balance_loss(scores: Tensor, best: Tensor, first: Tensor, valid: Tensor) -> Tensor:
-    """Sequence-wise balance loss of each document times its tokens, summed over the documents, 0-dim.
-
-    For a document of n tokens, sum_e f_e P_e with f_e = E / (K n) * #(tokens whose K best scores include e) and
-    P_e = mean_t s[t, e] / sum_j s[t, j] (V3's formula, best scores without the selection bias; recipe 3). Weighting by
-    tokens makes rows of one document the mean over sequences; under packing nothing is published.
-
-    Args:
-        scores: ``[B, T, E]``; best: ``[B, T, K]`` int64, the K best experts by score.
-        first: ``[B, T]`` first token of each token's document; valid: ``[B, T]``.
-    """
-    experts = scores.shape[-1]
-    row = torch.arange(first.shape[0], device=scores.device).unsqueeze(1)
-    document = (first + row * first.shape[1])[valid]  # a document's id is the flat index of its first token
-    size = document.unique_consecutive(return_counts=True)[1]
-    if not len(size):  # segment_reduce refuses an empty batch
-        return scores.sum() * 0.0
-    scores = scores[valid]  # [tokens, E], the documents one after another
-    chosen = torch.zeros_like(scores).scatter(1, best[valid], 1.0)
-    times = torch.segment_reduce(chosen, "sum", lengths=size)  # [documents, E]
-    mass = torch.segment_reduce(scores / scores.sum(-1, keepdim=True), "sum", lengths=size)
-    # n * (E / (K n)) * times * (mass / n)
-    total: Tensor = ((times * mass).sum(-1) / size).sum() * (experts / best.shape[-1])
-    return total

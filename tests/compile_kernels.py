@@ -23,7 +23,7 @@ from unittest import mock
 TESTS = Path(__file__).parent
 SECONDS = 900  # of one file, with nothing in Triton's cache
 # Files without cases of their own, and whose calls reach them.
-CASES = {"fp8": "quantize", "fp4": "quantize", "hyper_connection_triton": "hyper_connection"}
+CASES = {"fp8": "quantize", "fp4": "quantize", "hyper_connection_triton": "hyper_connection", "moe_triton": "moe"}
 Usage = list[dict[str, int]]  # of each variant: shared, registers, stack
 
 
