@@ -81,7 +81,9 @@ def _pick_kernel(parts, slot, out, copies, rows, count, BLOCK: tl.constexpr):
 
 
 @jit
-def _tile_of(ends, experts, row_tiles, columns, EXPERTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, NEAR: tl.constexpr):
+def _tile_of(
+    ends, experts, row_tiles, columns, EXPERTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, NEAR: tl.constexpr
+):
     """This program's first row, its first column, and the expert that the rows belong to: ``experts`` if none.
 
     NEAR tiles of rows pass over all columns before the next ones do.
@@ -235,7 +237,8 @@ def _outer_kernel(
         b = tl.load(right + b_at, mask=b_inside[:, None] & (column < width)[None, :], other=0.0)
         total = numerics.dot(a, b, total)
     at = (expert.to(tl.int64) * height + row[:, None]) * width + column[None, :]
-    tl.store(out + at, numerics.cast(total, out.dtype.element_ty), mask=(row < height)[:, None] & (column < width)[None, :])
+    inside = (row < height)[:, None] & (column < width)[None, :]
+    tl.store(out + at, numerics.cast(total, out.dtype.element_ty), mask=inside)
 
 
 class _Rows(NamedTuple):
@@ -251,7 +254,7 @@ def _sorted_rows(ids: Tensor, weights: Tensor, experts: int, tile: int) -> _Rows
     """A counting sort, stable: copies of one expert keep the order of their tokens."""
     (tokens, many), copies = ids.shape, ids.numel()
     whole = triton.next_power_of_2(experts)
-    block = max(16384 // whole, 16)
+    block = max(8192 // whole, 16)
     chunks = triton.cdiv(copies, block)
     counts = torch.empty(chunks, experts, dtype=torch.int32, device=ids.device)
     _count_kernel[(chunks,)](ids, counts, copies, experts, BLOCK=block, EXPERTS=whole)
@@ -271,7 +274,7 @@ def _sorted_rows(ids: Tensor, weights: Tensor, experts: int, tile: int) -> _Rows
 
 def _tile(copies: int, experts: int) -> int:
     """Rows of a tile: of experts with few tokens a lower one, half of which would be padding otherwise."""
-    return min(max(triton.next_power_of_2(copies // experts + 1), 16), FP8_BLOCK)
+    return min(max(triton.next_power_of_2(triton.cdiv(copies, experts)), 16), FP8_BLOCK)
 
 
 class _Shape(NamedTuple):

@@ -7,9 +7,12 @@ Source of the formats: recipe 8.1.
 
 from __future__ import annotations
 
+from importlib import import_module
+
 from .dispatch import INTERPRETED, jit, tl
 
 _INTERPRETED = INTERPRETED if tl is None else tl.constexpr(INTERPRETED)
+libdevice = None if tl is None else import_module("triton.language.extra.libdevice")
 
 
 @jit
@@ -37,6 +40,26 @@ def cast(x, DTYPE: tl.constexpr):
         return tl.where(x == x, wide, x.to(tl.float32)).to(tl.bfloat16)
     else:
         return x.to(DTYPE)
+
+
+@jit
+def exp(x):
+    """Of float32, on a GPU by CUDA's library, as torch does: Triton's own approximates."""
+    if _INTERPRETED:
+        return tl.exp(x)
+    else:
+        return libdevice.exp(x)
+
+
+@jit
+def log1p(x):
+    """log(1 + x) of float32 from 0 to 1, whose relative error does not grow where x is small."""
+    if _INTERPRETED:
+        near = 1 + x
+        exact = near == 1
+        return tl.where(exact, x, tl.log(near) * (x / tl.where(exact, 1.0, near - 1)))
+    else:
+        return libdevice.log1p(x)
 
 
 @jit

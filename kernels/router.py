@@ -15,8 +15,8 @@ from . import numerics
 from .dispatch import implementation, jit, tl, triton
 from .norm import at_least_fp32
 
-# A Triton program holds the scores of all experts for at least 16 tokens; a row of more does not fit into registers.
-MOST_EXPERTS = 2048
+# A Triton program holds the weights of all experts, 32 columns at a time: more do not fit into shared memory.
+MOST_EXPERTS = 512
 
 
 def router_scores(x: Tensor, weight: Tensor) -> Tensor:
@@ -79,12 +79,8 @@ def _scores_kernel(
         a = tl.load(x + x_at + start, mask=(row < tokens)[:, None] & (inner < left)[None, :], other=0.0)
         b = tl.load(weight + w_at + start, mask=(inner < left)[:, None] & (expert < experts)[None, :], other=0.0)
         logits = numerics.dot(a.to(tl.float32), b.to(tl.float32), logits, TF32=3)
-    # softplus of a positive logit is the logit and a rest; log1p of a small e is e - e^2 / 2.
-    e = tl.exp(-tl.abs(logits))
-    small = e < 1e-3
-    rest = tl.where(small, e * (1 - e * (0.5 - e * 0.33333334)), tl.log(1 + tl.where(small, 1.0, e)))
-    softplus = tl.maximum(logits, 0.0) + rest
-    score = tl.where(logits < -20, tl.exp(logits / 2), tl.sqrt(softplus))
+    softplus = tl.maximum(logits, 0.0) + numerics.log1p(numerics.exp(-tl.abs(logits)))
+    score = tl.where(logits < -20, numerics.exp(logits / 2), tl.sqrt(softplus))
     score = tl.where(logits == logits, score, logits)
     at = row[:, None].to(tl.int64) * experts + expert[None, :]
     tl.store(scores + at, score, mask=(row < tokens)[:, None] & (expert < experts)[None, :])
@@ -98,7 +94,7 @@ def _score_slopes_kernel(scores, gradient, slopes, count, BLOCK: tl.constexpr):
     square = s * s
     # (1 - exp(-q)) / q by its series where the difference would lose digits.
     series = 1 - square * (0.5 - square * (0.16666667 - square * (0.041666668 - square * 0.008333334)))
-    ratio = tl.where(square < 0.1, series, (1 - tl.exp(-square)) / tl.where(square < 0.1, 1.0, square))
+    ratio = tl.where(square < 0.1, series, (1 - numerics.exp(-square)) / tl.where(square < 0.1, 1.0, square))
     upper = tl.load(gradient + at, mask=at < count, other=0.0)
     tl.store(slopes + at, upper * ratio * s * 0.5, mask=at < count)
 
@@ -121,7 +117,9 @@ def _top_kernel(scores, ids, tokens, experts, K: tl.constexpr, ROWS: tl.constexp
 
 
 @jit
-def _weights_kernel(scores, ids, weights, tokens, experts, scale, K: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr):
+def _weights_kernel(
+    scores, ids, weights, tokens, experts, scale, K: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr
+):
     row, k = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WHOLE)
     at, inside = row[:, None].to(tl.int64) * K + k[None, :], (row < tokens)[:, None] & (k < K)[None, :]
     chosen = tl.load(ids + at, mask=inside, other=0)

@@ -5,7 +5,6 @@ Shapes: F expert intermediate.
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -14,10 +13,9 @@ from torch import Tensor
 
 from .dispatch import INTERPRETED, implementation, jit, tl, triton
 from .norm import at_least_fp32
-from .numerics import cast
+from .numerics import cast, exp
 
 _INTERPRETED = INTERPRETED if tl is None else tl.constexpr(INTERPRETED)
-libdevice = None if tl is None else import_module("triton.language.extra.libdevice")
 
 
 def clamped_swiglu(gate: Tensor, up: Tensor, limit: float, dtype: torch.dtype | None = None) -> Tensor:
@@ -59,11 +57,11 @@ def clamped_rows(gate: Tensor, up: Tensor, limit: float) -> Tensor:
 
 @jit
 def silu(x):
-    """On a GPU to the bit as torch computes it: the exponential of CUDA's library and a division that is rounded."""
+    """On a GPU to the bit as torch computes it: with a division that is rounded."""
     if _INTERPRETED:
         return x / (1 + tl.exp(-x))
     else:
-        return tl.div_rn(x, 1 + libdevice.exp(-x))
+        return tl.div_rn(x, 1 + exp(-x))
 
 
 @jit
@@ -85,7 +83,7 @@ def hit(gate, up, limit):
 def slopes(gate, up, upper, limit, CLAMP: tl.constexpr):
     """The gradients of both from ``upper``, that of the product; none where a value is clamped."""
     a, b = clamped(gate, up, limit, CLAMP)
-    sigmoid = 1 / (1 + tl.exp(-a))
+    sigmoid = 1 / (1 + exp(-a))
     to_gate = upper * b * sigmoid * (1 + a * (1 - sigmoid))
     to_up = upper * a * sigmoid
     if CLAMP:
@@ -104,9 +102,7 @@ def _swiglu_kernel(gate, up, out, count, limit, CLAMP: tl.constexpr, BLOCK: tl.c
 
 
 @jit
-def _swiglu_slopes_kernel(
-    gate, up, gradient, to_gate, to_up, count, limit, CLAMP: tl.constexpr, BLOCK: tl.constexpr
-):
+def _swiglu_slopes_kernel(gate, up, gradient, to_gate, to_up, count, limit, CLAMP: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     a = tl.load(gate + at, mask=at < count, other=0.0).to(tl.float32)
     b = tl.load(up + at, mask=at < count, other=0.0).to(tl.float32)

@@ -29,5 +29,5 @@ def flash_calls() -> dict[str, Callable[[], None]]:
         first, valid = documents([[length]], [0])
         balance_loss(scores, best, first, valid).backward()
 
-    sizes = ((256, 6, 256), (384, 6, 4096), (13, 3, 40), (1, 1, 1), (2048, 8, 16))
+    sizes = ((256, 6, 256), (384, 6, 4096), (13, 3, 40), (1, 1, 1), (512, 8, 16))
     return {f"{e} experts, top {k}, {t} tokens": partial(call, e, k, t) for e, k, t in sizes}

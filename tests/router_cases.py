@@ -27,7 +27,7 @@ def flash_calls() -> dict[str, Callable[[], None]]:
         top_experts(scores, k)
         expert_weights(scores, torch.zeros(64, k, dtype=torch.long), 1.5).sum().backward()
 
-    sizes = ((256, 4096, 6), (384, 7168, 6), (13, 40, 3), (1, 1, 1), (2048, 256, 8))
+    sizes = ((256, 4096, 6), (384, 7168, 6), (13, 40, 3), (1, 1, 1), (512, 256, 8))
     return {
         f"{experts} experts of {hidden}, top {k}, {dtype}": partial(call, experts, hidden, k, dtype)
         for experts, hidden, k in sizes

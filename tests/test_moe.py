@@ -12,7 +12,7 @@ from openv4.kernels.moe import (
     routed_experts,
     routed_experts_reference,
 )
-from openv4.kernels.router import expert_load, expert_weights, router_scores, top_experts
+from openv4.kernels.router import expert_weights, router_scores, top_experts
 from openv4.kernels.swiglu import clamp_hits, clamped_swiglu
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -21,8 +21,8 @@ from openv4.kernels.fp8 import (
     round_weight,
     swiglu_fp8,
 )
-from openv4.kernels.swiglu import clamped_swiglu
 from openv4.kernels.quantize import dequantize, fp4_to_fp8, quantize_fp4, quantize_fp8
+from openv4.kernels.swiglu import clamped_swiglu
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

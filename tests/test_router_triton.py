@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from balance_cases import documents
+from model_cases import random_config
 from router_cases import draw
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,14 +15,12 @@ from triton_cases import DEVICE, assert_close, assert_same_bits, run_as
 from openv4.kernels.balance import balance_loss
 from openv4.kernels.dispatch import using
 from openv4.kernels.router import expert_load, expert_weights, router_scores, top_experts
-from openv4.model import transformer
-from openv4.model.init import init_weights
 from openv4.model.moe import MoE
 from openv4.model.recompute import Route
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SIZES = [(1, 1, 1), (5, 13, 40), (40, 256, 64), (70, 6, 33), (33, 384, 7), (3, 700, 16)]
+SIZES = [(1, 1, 1), (5, 13, 40), (40, 256, 64), (70, 6, 33), (33, 384, 7), (3, 500, 16)]
 
 
 def compare(operation: Callable[..., Any], inputs: dict[str, Any], tolerance: float) -> None:
@@ -57,7 +56,7 @@ def test_scores_where_softplus_is_tiny_or_the_logit_itself() -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize(("experts", "k"), [(1, 1), (5, 5), (13, 3), (256, 6), (700, 8)])
+@pytest.mark.parametrize(("experts", "k"), [(1, 1), (5, 5), (13, 3), (256, 6), (500, 8)])
 def test_the_choice_is_that_of_a_stable_sort(experts: int, k: int, seed: int) -> None:
     """With ties everywhere, zeros of both signs, infinities and NaN."""
     generator = torch.Generator().manual_seed(seed)
@@ -77,14 +76,20 @@ def test_weights(experts: int, k: int) -> None:
     generator = torch.Generator().manual_seed(k)
     scores = torch.rand(50, experts, generator=generator) + 0.01
     scores[3] *= 1e-6
-    inputs = {"scores": scores, "ids": torch.rand(50, experts, generator=generator).argsort(1)[:, :k], "scale": 1.5}
-    # A sum of both signs leaves a tenth of its terms: of one chosen expert nothing is left but rounding.
-    compare(expert_weights, inputs, 2e-6 if k > 1 else 1.0)
-    if k == 1:
-        with using("triton"):
-            leaf = scores.to(DEVICE).requires_grad_()
-            (slope,) = torch.autograd.grad(expert_weights(leaf, inputs["ids"].to(DEVICE), 1.5).sum(), leaf)
-        assert slope.mul(scores.to(DEVICE)).abs().max() < 1e-6
+    inputs: dict[str, Any] = {
+        "scores": scores,
+        "ids": torch.rand(50, experts, generator=generator).argsort(1)[:, :k],
+        "scale": 1.5,
+    }
+    if k > 1:
+        compare(expert_weights, inputs, 2e-6)
+        return
+    with using("triton"):  # the one weight is constant, its slope nothing but rounding
+        leaf = scores.to(DEVICE).requires_grad_()
+        weights = expert_weights(leaf, inputs["ids"].to(DEVICE), 1.5)
+        (slope,) = torch.autograd.grad(weights.sum(), leaf)
+    torch.testing.assert_close(weights.detach().cpu(), torch.full((50, 1), 1.5))
+    assert slope.mul(leaf.detach()).abs().max() < 1e-6
 
 
 PACKED = [
@@ -146,7 +151,7 @@ class _NoWaits(TorchDispatchMode):
 @pytest.mark.parametrize("hash_routed", [False, True])
 def test_a_layer_never_waits_for_the_device(hash_routed: bool) -> None:
     """Forward and backward, with padding; the same layer in torch reads sizes, which shows that the guard works."""
-    config = transformer.ModelConfig.__call__ if False else _config()
+    config = random_config(0)
     layer = MoE(config, hash_routed).to(DEVICE)
     with torch.no_grad():
         for name, tensor in layer.state_dict().items():
