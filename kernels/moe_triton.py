@@ -17,7 +17,7 @@ from torch import Tensor
 from . import numerics
 from .dispatch import jit, tl, triton
 from .fp8 import round_columns, round_rows
-from .product import product
+from .product import halves, product
 from .quantize import FP8_BLOCK
 from .swiglu import clamped, hit, silu, slopes
 
@@ -155,6 +155,22 @@ def _down_kernel(
 
 
 @jit
+def _hidden_slopes(total, row, left, scale, gate, up, hidden, to_gate, to_up, inner, limit, CLAMP: tl.constexpr):
+    """What follows ``total``, the gradient of the hidden activations; returns that of the routing weights."""
+    column = left + tl.arange(0, total.shape[1])
+    at, within = row[:, None].to(tl.int64) * inner + column[None, :], (column < inner)[None, :]
+    a = tl.load(gate + at, mask=within, other=0.0).to(tl.float32)
+    b = tl.load(up + at, mask=within, other=0.0).to(tl.float32)
+    x, y = slopes(a, b, total * scale, limit, CLAMP)
+    tl.store(to_gate + at, numerics.cast(x, to_gate.dtype.element_ty), mask=within)
+    tl.store(to_up + at, numerics.cast(y, to_up.dtype.element_ty), mask=within)
+    a, b = clamped(a, b, limit, CLAMP)
+    made = silu(a) * b
+    tl.store(hidden + at, numerics.cast(made * scale, hidden.dtype.element_ty), mask=within)
+    return tl.sum(total * made, 1)
+
+
+@jit
 def _to_hidden_kernel(
     upper, w2, source, scales, ends, gate, up, hidden, to_gate, to_up, to_scales, tokens, width, inner, experts,
     row_tiles, limit,
@@ -171,18 +187,13 @@ def _to_hidden_kernel(
         total = product(
             upper, w, upper, w, token.to(tl.int64), column, tokens, inner, 0, width, width, 1, inner, 1, TERMS=1, BK=BK
         )
-        at, within = row[:, None].to(tl.int64) * inner + column[None, :], (column < inner)[None, :]
-        a = tl.load(gate + at, mask=within, other=0.0).to(tl.float32)
-        b = tl.load(up + at, mask=within, other=0.0).to(tl.float32)
         scale = tl.load(scales + row)[:, None]
-        x, y = slopes(a, b, total * scale, limit, CLAMP)
-        tl.store(to_gate + at, numerics.cast(x, to_gate.dtype.element_ty), mask=within)
-        tl.store(to_up + at, numerics.cast(y, to_up.dtype.element_ty), mask=within)
-        a, b = clamped(a, b, limit, CLAMP)
-        made = silu(a) * b
-        tl.store(hidden + at, numerics.cast(made * scale, hidden.dtype.element_ty), mask=within)
+        first, second = halves(total)
+        sums = _hidden_slopes(first, row, left, scale, gate, up, hidden, to_gate, to_up, inner, limit, CLAMP)
+        left += BN // 2
+        sums += _hidden_slopes(second, row, left, scale, gate, up, hidden, to_gate, to_up, inner, limit, CLAMP)
         part = (left // BN).to(tl.int64) * row_tiles * BM
-        tl.store(to_scales + part + row, tl.sum(total * made, 1))
+        tl.store(to_scales + part + row, sums)
 
 
 @jit
@@ -196,15 +207,17 @@ def _to_rows_kernel(
         row_at = row[:, None] * inner + depth[None, :]
         w_at = expert.to(tl.int64) * inner * width + depth[:, None] * width + column[None, :]
         total = tl.zeros((BM, BN), tl.float32)
+        # One after the other: operands of both at once, some tiles ahead, would not fit into shared memory.
         for start in range(0, inner, BK):
             inside = depth < inner - start
+            a = tl.load(to_gate + row_at + start, mask=inside[None, :], other=0.0)
             within = inside[:, None] & (column < width)[None, :]
-            a = tl.load(to_gate + row_at, mask=inside[None, :], other=0.0)
-            total = numerics.dot(a, tl.load(w1 + w_at, mask=within, other=0.0), total)
-            b = tl.load(to_up + row_at, mask=inside[None, :], other=0.0)
-            total = numerics.dot(b, tl.load(w3 + w_at, mask=within, other=0.0), total)
-            row_at += BK
-            w_at += BK * width
+            total = numerics.dot(a, tl.load(w1 + w_at + start * width, mask=within, other=0.0), total)
+        for start in range(0, inner, BK):
+            inside = depth < inner - start
+            a = tl.load(to_up + row_at + start, mask=inside[None, :], other=0.0)
+            within = inside[:, None] & (column < width)[None, :]
+            total = numerics.dot(a, tl.load(w3 + w_at + start * width, mask=within, other=0.0), total)
         at = row[:, None] * width + column[None, :]
         tl.store(to_rows + at, numerics.cast(total, to_rows.dtype.element_ty), mask=(column < width)[None, :])
 
@@ -286,7 +299,7 @@ class _Shape(NamedTuple):
     wide: bool  # elements of four bytes
 
     def launch(self, columns: int, double: bool) -> tuple[tuple[int], int, dict[str, int]]:
-        """Grid, tiles of rows, and constants, for so many columns; ``double``: of two accumulators, or one as large."""
+        """Grid, tiles of rows, and constants, for so many columns; ``double``: of a program that holds two tiles."""
         tall, across = self.rows // self.tile, 128 if double or self.tile < 128 else 256
         constants = {
             "EXPERTS": triton.next_power_of_2(self.experts),
@@ -352,7 +365,7 @@ class TritonRoutedExperts(torch.autograd.Function):
         upper = gradient.to(x.dtype).contiguous()
 
         hidden, to_gate, to_up = (torch.empty_like(gate) for _ in range(3))
-        grid, tall, constants = shape.launch(inner, double=False)
+        grid, tall, constants = shape.launch(inner, double=True)  # the slopes need registers as well
         to_scales = x.new_empty(grid[0] // tall, shape.rows, dtype=torch.float32)
         _to_hidden_kernel[grid](
             round_rows(upper) if ctx.rounded else upper, v2, rows.source, rows.scales, rows.ends, gate, up, hidden,
