@@ -100,7 +100,7 @@ def routed_experts(
         output ``[M, D]``, at least float32 (experts are summed so), and the share of clamped elements (0-dim).
     """
     dense = all(isinstance(w, Tensor) for w in (w1, w3, w2))
-    if dense and adapters is None and ids.numel() and w1.numel() and implementation(x, weights) == "triton":
+    if dense and adapters is None and ids.numel() and 0 not in w1.shape and implementation(x, weights) == "triton":
         routed: tuple[Tensor, Tensor] = TritonRoutedExperts.apply(x, ids, weights, w1, w3, w2, limit, rounded)
         return routed
     # Rows of whole 16 bytes: torch's grouped product asks for them, and with others BLAS sums a row by its place.

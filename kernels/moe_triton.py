@@ -21,6 +21,8 @@ from .product import halves, product
 from .quantize import FP8_BLOCK
 from .swiglu import clamped, hit, silu, slopes
 
+_Operand = tuple[Tensor, Tensor | None]  # of a product: rows, and what names them if they are tokens
+
 NEIGHBOURS = 8  # tiles of rows that run side by side, and share what they read of an expert
 
 
@@ -287,7 +289,8 @@ def _sorted_rows(ids: Tensor, weights: Tensor, experts: int, tile: int) -> _Rows
 
 def _tile(copies: int, experts: int) -> int:
     """Rows of a tile: of experts with few tokens a lower one, half of which would be padding otherwise."""
-    return min(max(triton.next_power_of_2(triton.cdiv(copies, experts)), 16), FP8_BLOCK)
+    rows: int = triton.next_power_of_2(triton.cdiv(copies, experts))
+    return min(max(rows, 16), FP8_BLOCK)
 
 
 class _Shape(NamedTuple):
@@ -378,11 +381,13 @@ class TritonRoutedExperts(torch.autograd.Function):
         )
 
         # Operands of the matrices' gradients: tokens by their index, or rounded in groups of an expert's rows.
-        tokens_of, upper_of = (x, rows.source), (upper, rows.source)
+        tokens_of: _Operand = (x, rows.source)
+        upper_of: _Operand = (upper, rows.source)
         _, _, _, *learns = ctx.needs_input_grad[:6]
         outer = _Outer(rows.ends, tokens, dtypes)
         if ctx.rounded and any(learns):
-            tokens_of, upper_of = ((round_columns(_gathered(t, rows.source)), None) for t in (x, upper))
+            tokens_of = round_columns(_gathered(x, rows.source)), None
+            upper_of = round_columns(_gathered(upper, rows.source)), None
             hidden = round_columns(hidden)
         left_gate, left_up = ((round_columns(t) if ctx.rounded else t, None) for t in (to_gate, to_up))
         to_w1 = outer(left_gate, tokens_of, 0) if learns[0] else None
@@ -408,7 +413,7 @@ class _Outer(NamedTuple):
     tokens: int
     dtypes: list[torch.dtype]
 
-    def __call__(self, left: tuple[Tensor, Tensor | None], right: tuple[Tensor, Tensor | None], index: int) -> Tensor:
+    def __call__(self, left: _Operand, right: _Operand, index: int) -> Tensor:
         (a, a_source), (b, b_source) = left, right
         height, width = a.shape[1], b.shape[1]
         out = a.new_empty(len(self.ends), height, width, dtype=self.dtypes[index])

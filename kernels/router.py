@@ -66,7 +66,7 @@ def expert_load(ids: Tensor, experts: int, counted: Tensor | None = None) -> Ten
 
 
 @jit
-def _scores_kernel(
+def _router_scores_kernel(
     x, weight, scores, tokens, experts, width, BM: tl.constexpr, EXPERTS: tl.constexpr, BK: tl.constexpr
 ):
     """All scores of BM tokens; products of float32 with all its digits, as three of tf32."""
@@ -166,7 +166,7 @@ class _Scores(torch.autograd.Function):
         scores = x.new_empty(tokens, experts, dtype=torch.float32)
         whole = max(triton.next_power_of_2(experts), 16)
         tall = max(16, min(32, 8192 // whole))
-        _scores_kernel[(triton.cdiv(tokens, tall),)](
+        _router_scores_kernel[(triton.cdiv(tokens, tall),)](
             x, weight, scores, tokens, experts, width, BM=tall, EXPERTS=whole, BK=32, num_warps=8
         )
         ctx.save_for_backward(x, weight, scores)

@@ -93,7 +93,7 @@ def slopes(gate, up, upper, limit, CLAMP: tl.constexpr):
 
 
 @jit
-def _swiglu_kernel(gate, up, out, count, limit, CLAMP: tl.constexpr, BLOCK: tl.constexpr):
+def _clamped_swiglu_kernel(gate, up, out, count, limit, CLAMP: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     a = tl.load(gate + at, mask=at < count, other=0.0).to(tl.float32)
     b = tl.load(up + at, mask=at < count, other=0.0).to(tl.float32)
@@ -102,7 +102,9 @@ def _swiglu_kernel(gate, up, out, count, limit, CLAMP: tl.constexpr, BLOCK: tl.c
 
 
 @jit
-def _swiglu_slopes_kernel(gate, up, gradient, to_gate, to_up, count, limit, CLAMP: tl.constexpr, BLOCK: tl.constexpr):
+def _clamped_swiglu_slopes_kernel(
+    gate, up, gradient, to_gate, to_up, count, limit, CLAMP: tl.constexpr, BLOCK: tl.constexpr
+):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     a = tl.load(gate + at, mask=at < count, other=0.0).to(tl.float32)
     b = tl.load(up + at, mask=at < count, other=0.0).to(tl.float32)
@@ -125,7 +127,9 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, limit: float, dtype: torch.dtype) -> Tensor:
         gate, up, count = gate.contiguous(), up.contiguous(), gate.numel()
         out = torch.empty_like(gate, dtype=dtype)
-        _swiglu_kernel[(triton.cdiv(count, 1024),)](gate, up, out, count, float(limit), CLAMP=limit > 0, BLOCK=1024)
+        _clamped_swiglu_kernel[(triton.cdiv(count, 1024),)](
+            gate, up, out, count, float(limit), CLAMP=limit > 0, BLOCK=1024
+        )
         ctx.save_for_backward(gate, up)
         ctx.limit = limit
         return out
@@ -135,7 +139,7 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
         to_gate, to_up, count = torch.empty_like(gate), torch.empty_like(up), gate.numel()
-        _swiglu_slopes_kernel[(triton.cdiv(count, 1024),)](
+        _clamped_swiglu_slopes_kernel[(triton.cdiv(count, 1024),)](
             gate, up, gradient.contiguous(), to_gate, to_up, count, float(ctx.limit), CLAMP=ctx.limit > 0, BLOCK=1024
         )
         return to_gate, to_up, None, None
