@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import implementation, jit, tl, triton
-from .router import MOST_EXPERTS
+from .router import MOST_EXPERTS, expert_tile
 
 CHUNK = 128  # tokens of a row that one program sums; a document's sum adds such parts in their order
 
@@ -138,14 +138,24 @@ class _Balance(torch.autograd.Function):
         (rows, length, experts), k = scores.shape, best.shape[-1]
         mass, times = torch.empty_like(scores), torch.empty_like(scores)
         sizes, losses = scores.new_empty(rows, length, dtype=torch.int32), scores.new_empty(rows * length)
-        whole = triton.next_power_of_2(experts)
+        tile = expert_tile(experts)
         chunks = triton.cdiv(length, CHUNK)
         _part_sums_kernel[(rows * chunks,)](
             scores, best, first, valid, mass, times, sizes, length, experts, chunks,
-            K=k, LANES=CHUNK, ROWS=max(4096 // whole, 1), EXPERTS=whole,
+            K=k, LANES=CHUNK, **tile,
         )  # fmt: skip
         _documents_kernel[(rows * length,)](
-            first, mass, times, sizes, losses, length, experts, experts / k, LANES=CHUNK, EXPERTS=whole, num_warps=1
+            first,
+            mass,
+            times,
+            sizes,
+            losses,
+            length,
+            experts,
+            experts / k,
+            LANES=CHUNK,
+            EXPERTS=tile["EXPERTS"],
+            num_warps=1,
         )
         ctx.save_for_backward(scores, first, valid, times)
         return losses.sum()
@@ -156,10 +166,8 @@ class _Balance(torch.autograd.Function):
         scores, first, valid, slope = ctx.saved_tensors
         _, length, experts = scores.shape
         to_scores, tokens = torch.empty_like(scores), first.numel()
-        whole = triton.next_power_of_2(experts)
-        tall = max(4096 // whole, 1)
-        _balance_slopes_kernel[(triton.cdiv(tokens, tall),)](
-            scores, first, valid, slope, gradient.contiguous(), to_scores, tokens, length, experts,
-            ROWS=tall, EXPERTS=whole,
-        )  # fmt: skip
+        tile = expert_tile(experts)
+        _balance_slopes_kernel[(triton.cdiv(tokens, tile["ROWS"]),)](
+            scores, first, valid, slope, gradient.contiguous(), to_scores, tokens, length, experts, **tile
+        )
         return to_scores, None, None, None

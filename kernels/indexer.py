@@ -15,7 +15,7 @@ from torch import Tensor
 from .dispatch import implementation, jit, tl, triton
 from .documents import Blocks
 from .norm import at_least_fp32
-from .numerics import dot
+from .numerics import dot, order_of
 
 # Elements of the scores [t, I, n] or [t, H, n] of a portion: in the cache on a CPU, large launches on a GPU.
 CPU_ELEMENTS, GPU_ELEMENTS = 2**20, 2**26
@@ -145,8 +145,7 @@ def _scores_kernel(
 @jit
 def _order(score):
     """int32 in the order of float32 scores: both zeros are one, and NaN counts as infinity."""
-    bits = score.to(tl.float32).to(tl.int32, bitcast=True)
-    order = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    order = order_of(score.to(tl.float32))
     return tl.minimum(tl.where(order == -1, 0, order), INFINITY)
 
 

@@ -1,8 +1,9 @@
-"""Routed experts in Triton: what ``kernels.moe`` computes, on a GPU, with neither a copy of the tokens nor a wait.
+"""Routed experts in Triton: what ``kernels.moe`` computes, on a GPU, without a wait for it.
 
 Copies of tokens are sorted by expert, by counting, and each expert's share begins at a whole tile. The products fetch
-tokens by their index and end with what follows them: gate and up with SwiGLU and routing weight, down's gradient with
-their slopes. Sums over a token's experts, and over an expert's tokens, have one order each.
+tokens by their index (but for FP8's gradients of matrices, whose operands are rounded in groups of rows) and end with
+what follows them: gate and up with SwiGLU and routing weight, down's gradient with their slopes. Sums over a token's
+experts, and over an expert's tokens, have one order each.
 
 Shapes: as in ``kernels.moe``; R rows, C chunks of copies that are counted at once.
 """

@@ -63,6 +63,13 @@ def log1p(x):
 
 
 @jit
+def order_of(x):
+    """int32 that are ordered as float32 ``x`` is; NaN lies beyond the infinity of its sign, -0 just below 0."""
+    bits = x.to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+@jit
 def power_of_two(exponent):
     """2^exponent float32 of an int32 from -126 to 127."""
     return ((exponent + 127) << 23).to(tl.float32, bitcast=True)

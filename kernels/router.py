@@ -105,8 +105,7 @@ def _top_kernel(scores, ids, tokens, experts, K: tl.constexpr, ROWS: tl.constexp
     row, expert = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, EXPERTS)
     inside = (row < tokens)[:, None] & (expert < experts)[None, :]
     score = tl.load(scores + row[:, None].to(tl.int64) * experts + expert[None, :], mask=inside, other=0.0) + 0.0
-    bits = score.to(tl.int32, bitcast=True)
-    key = tl.where(score == score, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
+    key = tl.where(score == score, numerics.order_of(score), 0x7FFFFFFF)
     key = tl.where(inside, key, -0x80000000)
     for k in tl.static_range(K):
         best = tl.max(key, 1)
@@ -150,7 +149,7 @@ def _weight_slopes_kernel(
     tl.store(slopes + to, slope, mask=(row < tokens)[:, None] & (expert < experts)[None, :])
 
 
-def _row_tile(experts: int) -> dict[str, int]:
+def expert_tile(experts: int) -> dict[str, int]:
     """Rows of which a program of four warps holds all experts, in 32 registers a thread."""
     whole = triton.next_power_of_2(experts)
     return {"ROWS": max(4096 // whole, 1), "EXPERTS": whole}
@@ -207,7 +206,7 @@ class _Weights(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         scores, ids = ctx.saved_tensors
         (tokens, k), experts = ids.shape, scores.shape[1]
-        slopes, tile = torch.empty_like(scores), _row_tile(experts)
+        slopes, tile = torch.empty_like(scores), expert_tile(experts)
         _weight_slopes_kernel[(triton.cdiv(tokens, tile["ROWS"]),)](
             scores, ids, gradient.contiguous(), slopes, tokens, experts, ctx.scale,
             K=k, WHOLE=triton.next_power_of_2(k), **tile,
@@ -219,6 +218,6 @@ def _top_on_device(scores: Tensor, k: int) -> Tensor:
     scores = scores.detach().float().contiguous()
     tokens, experts = scores.shape
     k = min(k, experts)
-    ids, tile = scores.new_empty(tokens, k, dtype=torch.long), _row_tile(experts)
+    ids, tile = scores.new_empty(tokens, k, dtype=torch.long), expert_tile(experts)
     _top_kernel[(triton.cdiv(tokens, tile["ROWS"]),)](scores, ids, tokens, experts, K=k, **tile)
     return ids

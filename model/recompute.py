@@ -20,7 +20,8 @@ from .config import Recompute
 
 T = TypeVar("T")
 
-# The heavy operations whose results `selective` keeps; attention is not among them, it has its own replay.
+# The heavy operations whose results `selective` keeps; attention is not among them, it has its own replay. Nor are
+# products of Triton kernels, which are no operations of torch: on a GPU the experts' come again.
 KEPT = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten._grouped_mm.default]
 
 

@@ -1,12 +1,48 @@
-"""Calls of the routed experts, for compiling their kernels."""
+"""Arguments of the routed experts, for their tests and for compiling their kernels."""
 
 from collections.abc import Callable
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from openv4.kernels.fp8 import round_weight
-from openv4.kernels.moe import routed_experts
+from openv4.kernels.moe import routed_experts, routed_experts_reference
+
+NAMES = ["x", "weights", "w1", "w3", "w2"]
+WIDTHS = {"aligned": (16, 24), "odd": (7, 13), "mixed": (8, 5)}  # of tokens and of experts; odd ones take the loop
+
+
+def draw(tokens: int, experts: int = 5, k: int = 2, widths: str = "aligned", seed: int = 0) -> list[Tensor]:
+    """x, ids, weights, w1, w3, w2; float64. Every token chooses different experts."""
+    hidden, inner = WIDTHS[widths]
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    ids = torch.rand(tokens, experts, generator=generator).argsort(1)[:, :k]
+    weights = torch.rand(tokens, k, generator=generator, dtype=torch.float64)
+    w1, w3 = (normal(experts, inner, hidden) * hidden**-0.5 for _ in range(2))
+    return [normal(tokens, hidden), ids, weights, w1, w3, normal(experts, hidden, inner) * inner**-0.5]
+
+
+def run(arguments: list[Tensor], limit: float, *dtypes: torch.dtype, reference: bool = False) -> dict[str, Tensor]:
+    """Output, all gradients and, of ours, the clamped share. ``dtypes``: of x and of the rest."""
+    x, ids, *others = arguments
+    x = x.detach().to(dtypes[0]).requires_grad_()
+    weights, w1, w3, w2 = (t.detach().to(dtypes[-1]).requires_grad_() for t in others)
+    result = {}
+    if reference:
+        result["output"] = routed_experts_reference(x, ids, weights, w1, w3, w2, limit)
+    else:
+        result["output"], result["clamped"] = routed_experts(x, ids, weights, w1, w3, w2, limit)
+        assert not result["clamped"].requires_grad
+    # Numbers that bfloat16 holds, so that every dtype gets the same.
+    upper = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    inputs = [x, weights, w1, w3, w2]
+    gradients = torch.autograd.grad(result["output"], inputs, upper.to(result["output"].dtype))
+    return result | dict(zip(NAMES, gradients, strict=True))
 
 
 def flash_calls() -> dict[str, Callable[[], None]]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from model_cases import relative_rms
+from moe_cases import NAMES, WIDTHS, draw, run
 from torch import Tensor
 
 from openv4.kernels.moe import (
@@ -20,40 +21,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # A product sums over a width, a weight's gradient over an expert's tokens: some hundred terms, each sum off by about
 # the square root of that many roundings, of 6e-8 or 1e-16, and three of them in a row.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
-NAMES = ["x", "weights", "w1", "w3", "w2"]
-WIDTHS = {"aligned": (16, 24), "odd": (7, 13), "mixed": (8, 5)}  # of tokens and of experts; odd ones take the loop
-
-
-def draw(tokens: int, experts: int = 5, k: int = 2, widths: str = "aligned", seed: int = 0) -> list[Tensor]:
-    """x, ids, weights, w1, w3, w2; float64. Every token chooses different experts."""
-    hidden, inner = WIDTHS[widths]
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    ids = torch.rand(tokens, experts, generator=generator).argsort(1)[:, :k]
-    weights = torch.rand(tokens, k, generator=generator, dtype=torch.float64)
-    w1, w3 = (normal(experts, inner, hidden) * hidden**-0.5 for _ in range(2))
-    return [normal(tokens, hidden), ids, weights, w1, w3, normal(experts, hidden, inner) * inner**-0.5]
-
-
-def run(arguments: list[Tensor], limit: float, *dtypes: torch.dtype, reference: bool = False) -> dict[str, Tensor]:
-    """Output, all gradients and, of ours, the clamped share. ``dtypes``: of x and of the rest."""
-    x, ids, *others = arguments
-    x = x.detach().to(dtypes[0]).requires_grad_()
-    weights, w1, w3, w2 = (t.detach().to(dtypes[-1]).requires_grad_() for t in others)
-    result = {}
-    if reference:
-        result["output"] = routed_experts_reference(x, ids, weights, w1, w3, w2, limit)
-    else:
-        result["output"], result["clamped"] = routed_experts(x, ids, weights, w1, w3, w2, limit)
-        assert not result["clamped"].requires_grad
-    # Numbers that bfloat16 holds, so that every dtype gets the same.
-    upper = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
-    inputs = [x, weights, w1, w3, w2]
-    gradients = torch.autograd.grad(result["output"], inputs, upper.to(result["output"].dtype))
-    return result | dict(zip(NAMES, gradients, strict=True))
 
 
 def check(arguments: list[Tensor], limit: float = 1.0) -> None:

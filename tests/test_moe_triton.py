@@ -3,7 +3,7 @@
 import pytest
 import torch
 from model_cases import relative_rms
-from test_moe import NAMES, WIDTHS, draw, run
+from moe_cases import NAMES, WIDTHS, draw, run
 from torch import Tensor
 from triton_cases import DEVICE, poisoned
 
