@@ -158,6 +158,38 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """How a run is spread over processes; how many there are, `nproc` or the launcher (torchrun, deepspeed, srun) says.
+
+    Attributes:
+        nproc: processes that `openv4 train` starts on this machine, where no launcher has started it.
+        expert: the routed experts of every layer are spread over so many processes.
+        context: so many processes share each row, and have consecutive parts of it.
+        zero: DeepSpeed's ZeRO stage of runs that AdamW trains alone; where Muon has matrices, their owners hold
+            weights and state (optim/ownership.py), and DeepSpeed's stage is 0.
+        gradients: dtype in which gradients travel to their owners; bf16 rounds them stochastically, sums are float32.
+        bucket_mb: gradients that travel together, 10^6 bytes.
+        timeout_minutes: how long a process waits for another one before it gives up.
+    """
+
+    nproc: int = 1
+    expert: int = 1
+    context: int = 1
+    zero: Literal[0, 1, 2] = 0
+    gradients: Literal["fp32", "bf16"] = "fp32"
+    bucket_mb: float = 256.0
+    timeout_minutes: float = 30.0
+
+    def __post_init__(self) -> None:
+        for key in ("nproc", "expert", "context"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"parallel.{key}={getattr(self, key)} must be at least 1")
+        for key in ("bucket_mb", "timeout_minutes"):
+            if not 0 < getattr(self, key) < math.inf:
+                raise ConfigError(f"parallel.{key}={getattr(self, key)} must be positive")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """A whole training run; `conf/train.yaml` and `conf/run/*.yaml` hold its values.
 
@@ -182,6 +214,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
