@@ -113,8 +113,8 @@ class Work:
             self._read(()),
             self._norm(),
             self._router(hash_routed),
-            self._routed(),
             self._shared(),
+            self._routed(),
             self._write(),
         ]
 

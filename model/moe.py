@@ -4,7 +4,7 @@ Shapes: B batch, T tokens, M = B T, D hidden, E experts, K experts per token, F 
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,8 @@ class Gate(nn.Module):
 
 
 class Experts(nn.Module):
-    """The weights of all routed experts, stacked: w1 (gate), w3 (up) ``[E, F, D]``, w2 (down) ``[E, D, F]``.
+    """The weights of all routed experts of this process, stacked: w1 (gate), w3 (up) ``[E, F, D]``, w2 (down)
+    ``[E, D, F]``.
 
     Frozen, they may be held as they were released: FP4 or FP8 codes, with their scales in ``w1_scale`` and so on.
     ``lora``, where ``model.lora.add_lora`` puts one, holds their adapters. With ``rounded``, one for each matrix, the
@@ -73,6 +74,7 @@ class Experts(nn.Module):
         self.rounded: tuple[RoundedWeight, ...] = ()
         self.engine: Callable[..., tuple[Tensor, Tensor]] | None = None
         self.limit = config.swiglu_limit
+        self.first = 0  # global number of the first expert
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         if self.engine is not None:
@@ -97,6 +99,27 @@ class Experts(nn.Module):
         return matrices if scale is None else Quantized(matrices, scale)
 
 
+class Dispatcher(Protocol):
+    """Brings tokens to their experts, wherever these are, and what the experts made of them back."""
+
+    def send(self, x: Tensor, ids: Tensor, weights: Tensor) -> Any:
+        """Sets the tokens ``[M, D]`` on their way, by the ids and weights ``[M, K]`` of all experts."""
+
+    def finish(self, sent: Any, experts: Experts) -> tuple[Tensor, Tensor]:
+        """What ``Experts.forward`` returns, of the tokens that were sent; called once for each ``send``."""
+
+
+class LocalDispatcher:
+    """All experts are in this process."""
+
+    def send(self, x: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return x, ids, weights
+
+    def finish(self, sent: tuple[Tensor, Tensor, Tensor], experts: Experts) -> tuple[Tensor, Tensor]:
+        result: tuple[Tensor, Tensor] = experts(*sent)
+        return result
+
+
 class SharedExpert(nn.Module):
     """The expert that every token passes through; clamped like the routed ones (recipe 3)."""
 
@@ -114,20 +137,23 @@ class SharedExpert(nn.Module):
 
 
 class MoE(nn.Module):
-    """Routed experts plus the shared expert, ``[B, T, D]`` to ``[B, T, D]``."""
+    """Routed experts plus the shared expert, ``[B, T, D]`` to ``[B, T, D]``. Where routed experts are spread over
+    processes, ``train.parallel`` puts another dispatcher in place of the local one."""
 
     def __init__(self, config: ModelConfig, hash_routed: bool) -> None:
         super().__init__()
         self.gate = Gate(config, hash_routed)
         self.experts = Experts(config)
         self.shared_experts = SharedExpert(config)
+        self.dispatcher: Dispatcher = LocalDispatcher()
 
     def forward(self, x: Tensor, tokens: Tensor, first: Tensor, valid: Tensor, route: Route) -> tuple[Tensor, Routing]:
         """``tokens [B, T]`` for hash routing; ``first`` and ``valid`` ``[B, T]`` bound the documents (statistics)."""
         flat = x.flatten(0, 1)
         ids, weights, scores = self.gate(flat, tokens.flatten(), route)
-        routed, routed_clamped = self.experts(flat, ids, weights)
-        shared, shared_clamped = self.shared_experts(flat)
+        sent = self.dispatcher.send(flat, ids, weights)
+        shared, shared_clamped = self.shared_experts(flat)  # while tokens travel
+        routed, routed_clamped = self.dispatcher.finish(sent, self.experts)
         load = expert_load(ids, scores.shape[1], valid.flatten())
         share = self.gate.top_k / (self.gate.top_k + 1)
         clamped = routed_clamped * share + shared_clamped * (1 - share)

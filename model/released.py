@@ -99,7 +99,8 @@ def released_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
             continue
         if stacked:
             matrix, scale, _ = matrix.partition("_scale")
-            for expert, weight in enumerate(tensor):
+            first: int = model.get_submodule(f"{prefix}.experts").first  # type: ignore[assignment]
+            for expert, weight in enumerate(tensor, first):
                 yield f"{prefix}.experts.{expert}.{matrix}.{'scale' if scale else 'weight'}", weight
         else:
             yield name, tensor

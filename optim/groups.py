@@ -9,7 +9,7 @@ go to AdamW as well.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .config import OptimConfig
+from .exchange import Exchange
 from .muon import Muon, momentum_dtype
 
 EMBEDDING, LORA = "embedding and head", "LoRA adapters"
@@ -104,10 +105,18 @@ def group_of(name: str, ndim: int) -> str:
     return "other matrices"
 
 
+# The sum of a tensor over all processes; alone it is the tensor.
+Total = Callable[[Tensor], Tensor]
+
+
 class Optimizers:
     """Muon and AdamW over disjoint named parameters, stepped, saved and measured together. `build_optimizers` makes it.
 
+    Among many processes the parameters are the shards that this one owns; `clip`, `step` and `update_rms` are then
+    called by all of them together.
+
     Attributes:
+        parameters: by released name, those that are trained here.
         groups: the names of the parameters in each group, in the order of the table.
         muon: None if no parameter belongs to it.
         adamw: None if no parameter belongs to it.
@@ -119,12 +128,21 @@ class Optimizers:
         groups: Mapping[str, list[str]],
         muon: Muon | None,
         adamw: torch.optim.AdamW | None,
+        exchanges: Sequence[Exchange] = (),
+        total: Total = lambda numbers: numbers,
     ) -> None:
         self.groups = dict(groups)
         self.muon = muon
         self.adamw = adamw
-        self._parameters = dict(parameters)
+        self._exchanges, self._total = tuple(exchanges), total
+        self.parameters = dict(parameters)
         self._group = {name: group for group, names in groups.items() for name in names}
+
+    def clip(self, max_norm: float) -> tuple[Tensor, Tensor]:
+        """`clip_by_global_norm` of the gradients, which go to their owners first; each counts once in the norm."""
+        for exchange in self._exchanges:
+            exchange.collect()
+        return clip_by_global_norm(self.parameters.values(), max_norm, self._total)
 
     def step(self, lr: float, found_inf: Tensor) -> None:
         """Update all parameters that have a gradient.
@@ -143,10 +161,12 @@ class Optimizers:
                     group["lr"] = lr
                 optimizer.found_inf = found_inf  # type: ignore[union-attr]
                 optimizer.step()
+        for exchange in self._exchanges:
+            exchange.publish()
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
-        for parameter in self._parameters.values():
+        for parameter in self.parameters.values():
             parameter.grad = None
 
     @torch.no_grad()
@@ -156,16 +176,21 @@ class Optimizers:
         AdamW's is computed from its state, so that after a skipped step it is the one of the step before; Muon's is
         then 0. A group that has never had a gradient (Muon: that had none in the last step) is left out.
         """
-        result = {}
-        for group, names in self.groups.items():
-            if self._is_muons(group):
+        found = {}
+        for group in (*ADAMW_GROUPS, *MUON_GROUPS):  # in every process the same, whatever it owns
+            names = self.groups.get(group, [])
+            if names and self._is_muons(group):
                 assert self.muon is not None
-                rms = self.muon.update_rms(*(self._parameters[name] for name in names))
+                found[group] = self.muon.square_sum(*(self.parameters[name] for name in names))
             else:
-                rms = self._adamw_rms(names)
-            if rms is not None:
-                result[group] = rms
-        return result
+                found[group] = self._adamw_square_sum(names) if names else None
+        device = next((parameter.device for parameter in self.parameters.values()), None)
+        empty = torch.zeros((), device=device)
+        sums = torch.stack([empty if pair is None else pair[0].float() for pair in found.values()])
+        counts = torch.tensor([0 if pair is None else pair[1] for pair in found.values()], device=device)
+        sums, counts = self._total(sums), self._total(counts)
+        known = [group for group, count in zip(found, counts.tolist(), strict=True) if count]
+        return {group: rms for group, rms in zip(found, (sums / counts).sqrt(), strict=True) if group in known}
 
     def table(self) -> list[GroupRow]:
         """One row per group that has parameters."""
@@ -175,7 +200,7 @@ class Optimizers:
                 matrices[parameter] = prod(parameter.shape[:-2]) * max(1, len(options["row_splits"]))
         rows = []
         for group, names in self.groups.items():
-            parameters = [self._parameters[name] for name in names]
+            parameters = [self.parameters[name] for name in names]
             row = GroupRow(
                 group=group,
                 optimizer="Muon" if self._is_muons(group) else "AdamW",
@@ -192,7 +217,7 @@ class Optimizers:
 
         A parameter that has never had a gradient has no state.
         """
-        return {f"{kind}.{name}": tensor for name in self._parameters for kind, tensor in self._state(name).items()}
+        return {f"{kind}.{name}": tensor for name in self.parameters for kind, tensor in self._state(name).items()}
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Replace all state by copies of `tensors`, which `state_tensors` returned; training goes on bit for bit.
@@ -201,7 +226,7 @@ class Optimizers:
             ValueError: a tensor is unknown, has another shape or dtype, or is missing beside others of its parameter.
                 Nothing has been changed then.
         """
-        layouts = {name: self._layout(name) for name in self._parameters}
+        layouts = {name: self._layout(name) for name in self.parameters}
         expected = {f"{kind}.{name}": like for name, layout in layouts.items() for kind, like in layout.items()}
         problems = [f"unexpected {key}" for key in tensors if key not in expected]
         for name, layout in layouts.items():
@@ -215,7 +240,7 @@ class Optimizers:
         if problems:
             more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
             raise ValueError(f"optimizer state does not fit the model and its groups: {'; '.join(problems[:8])}{more}")
-        for name, parameter in self._parameters.items():
+        for name, parameter in self.parameters.items():
             state = self._optimizer(name).state
             state.pop(parameter, None)
             loaded = {kind: tensors[f"{kind}.{name}"] for kind in layouts[name] if f"{kind}.{name}" in tensors}
@@ -232,18 +257,18 @@ class Optimizers:
 
     def _state(self, name: str) -> dict[str, Tensor]:
         # `get`, because the state is a defaultdict: looking must not make an entry.
-        state: dict[str, Tensor] = self._optimizer(name).state.get(self._parameters[name], {})
+        state: dict[str, Tensor] = self._optimizer(name).state.get(self.parameters[name], {})
         return state
 
     def _layout(self, name: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        parameter = self._parameters[name]
+        parameter = self.parameters[name]
         shape = tuple(parameter.shape)
         if self._is_muons(self._group[name]):
             return {"momentum": (shape, momentum_dtype(parameter))}
         moment = (shape, parameter.dtype)
         return {"exp_avg": moment, "exp_avg_sq": moment, "step": ((), torch.float32)}
 
-    def _adamw_rms(self, names: list[str]) -> Tensor | None:
+    def _adamw_square_sum(self, names: list[str]) -> tuple[Tensor, int] | None:
         assert self.adamw is not None
         defaults = self.adamw.defaults
         (beta1, beta2), eps = defaults["betas"], defaults["eps"]
@@ -254,13 +279,15 @@ class Optimizers:
                 root = (state["exp_avg_sq"] / (1 - beta2**step)).sqrt_().add_(eps)
                 square_sums.append((state["exp_avg"] / (1 - beta1**step)).div_(root).square_().sum())
                 count += root.numel()
-        return (torch.stack(square_sums).sum() / count).sqrt() if square_sums else None
+        return (torch.stack(square_sums).sum(), count) if square_sums else None
 
 
 def build_optimizers(
     named_parameters: Iterable[tuple[str, Parameter]],
     row_splits: Mapping[str, tuple[int, ...]],
     config: OptimConfig,
+    exchanges: Sequence[Exchange] = (),
+    total: Total = lambda numbers: numbers,
 ) -> Optimizers:
     """Sort the parameters into groups and make the optimizer of each.
 
@@ -269,6 +296,8 @@ def build_optimizers(
         row_splits: for parameters whose rows are several logical matrices, the rows of each, e.g.
             `{"layers.0.hc_attn_fn": (4, 4, 16)}`; all others are one matrix (per leading index).
         config: the constants of both.
+        exchanges: among many processes, what brings gradients here and weights from here; the parameters are its
+            shards. total: sums over all processes.
 
     Raises:
         ValueError: `row_splits` names no parameter, or one that AdamW owns, or does not add up to the rows.
@@ -316,12 +345,15 @@ def build_optimizers(
             eps=config.adamw.eps,
             fused=True,
         )
-    return Optimizers(parameters, groups, muon, adamw)
+    return Optimizers(parameters, groups, muon, adamw, exchanges, total)
 
 
 @torch.no_grad()
-def clip_by_global_norm(parameters: Iterable[Tensor], max_norm: float) -> tuple[Tensor, Tensor]:
-    """Scale all gradients, in place, by min(1, max_norm / (norm + 1e-6)), norm being that of all of them together.
+def clip_by_global_norm(
+    parameters: Iterable[Tensor], max_norm: float, total: Total = lambda numbers: numbers
+) -> tuple[Tensor, Tensor]:
+    """Scale all gradients, in place, by min(1, max_norm / (norm + 1e-6)), norm being that of all of them together, in
+    all processes over which `total` sums.
 
     Nothing is read on the host. Norms of single tensors are taken in float32, their squares are added in float64.
 
@@ -330,10 +362,10 @@ def clip_by_global_norm(parameters: Iterable[Tensor], max_norm: float) -> tuple[
         0. Both are 0-dim float32 tensors on the device of the gradients.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norms = torch._foreach_norm(gradients, 2, dtype=torch.float32) if gradients else [torch.zeros(())]
+    norm = total(torch.stack(norms).double().square().sum()).sqrt().float()
     if not gradients:
-        return torch.zeros(()), torch.zeros(())
-    norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
-    norm = torch.stack(norms).double().square().sum().sqrt().float()
+        return norm, (~norm.isfinite()).float()
     torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm, (~norm.isfinite()).float()
 

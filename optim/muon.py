@@ -124,11 +124,16 @@ class Muon(torch.optim.Optimizer):
 
         0 if that step was skipped by `found_inf`, None if none of the parameters had a gradient.
         """
+        found = self.square_sum(*parameters)
+        return None if found is None else (found[0] / found[1]).sqrt()
+
+    def square_sum(self, *parameters: Tensor) -> tuple[Tensor, int] | None:
+        """Of what `update_rms` is the root of the mean of: its sum, and the number of elements."""
         moved = [parameter for parameter in parameters if parameter in self._square_sums]
         if not moved:
             return None
         square_sum = torch.cat([square_sum for p in moved for square_sum in self._square_sums[p]]).sum()
-        return (square_sum / sum(p.numel() for p in moved)).sqrt()
+        return square_sum, sum(p.numel() for p in moved)
 
     def _capacity(self, key: _StackKey) -> int:
         """How many matrices one stack holds."""

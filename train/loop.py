@@ -20,11 +20,11 @@ from ..model.accounting import count_parameters, parameter_table
 from ..model.generate import generate
 from ..model.init import init_weights
 from ..model.lora import add_lora
-from ..model.loss import Counts, training_losses
+from ..model.loss import Counts, Losses, training_losses
 from ..model.released import copy_companions, copy_tokenizer, load_pretrained, weights_fingerprint
 from ..model.tensor_files import write_json
 from ..model.transformer import Transformer
-from ..optim.groups import Optimizers, build_optimizers, clip_by_global_norm
+from ..optim.groups import Optimizers
 from ..optim.schedule import Plan, Schedule
 from .checkpoint import TrainState, latest_checkpoint, load_checkpoint, make_latest, remove_leftovers, save_checkpoint
 from .config import CheckpointError, ConfigError, PrecisionConfig, TrainConfig, from_yaml, leaves, to_yaml
@@ -43,6 +43,7 @@ from .metrics import (
     summarize_rows,
     summary_table,
 )
+from .parallel import ALONE, Alone, start
 from .precision import apply_precision, describe_precision
 from .progress import progress_bar
 from .wandb_log import WandbLog
@@ -55,37 +56,57 @@ def training_step(
     plan: Plan,
     grad_clip: float | None,
     statistics: bool = False,
+    processes: Alone = ALONE,
 ) -> StepReport:
-    """Forward and backward over the micro-batches, one update of weights and router biases.
+    """Forward and backward over the micro-batches, one update of weights and router biases; each process has
+    micro-batches of its own, as many as the others.
 
     The loss is a sum over tokens divided by the count of the whole step, so its value and gradient do not depend on how
-    the step is cut. A step whose gradient norm is not finite changes nothing; the device decides, the host never waits.
+    the step is cut, nor on how many processes share it. A step whose gradient norm is not finite changes nothing; the device decides, the host never waits.
     """
-    counts = Counts.of([batch.segments for batch in micro_batches], [batch.trained for batch in micro_batches])
+    counts = global_counts(micro_batches, processes)
     sums = torch.zeros(6, device=model.embed.weight.device)
     load: dict[str, Tensor] = {}
     details: dict[str, Tensor] = {}
-    for batch in micro_batches:
-        losses = training_losses(
-            model,
-            batch.tokens,
-            batch.segments,
-            plan.attention,
-            mtp=plan.mtp_weight > 0,
-            indexer=plan.indexer_weight > 0,
-            statistics=statistics and not details,
-            trained=batch.trained,
+    for index, batch in enumerate(micro_batches):
+        loss, losses = processes.forward(
+            losses_of, model, batch, counts, plan, statistics and not details
         )
-        losses.total(counts, plan.mtp_weight, plan.balance_weight, plan.indexer_weight).backward()
+        processes.backward(loss, last=index == len(micro_batches) - 1)
         sums += torch.stack((losses.main, losses.mtp, losses.balance, *losses.indexer)).detach()
         load = {name: count + load.get(name, 0) for name, count in losses.load.items()}
         details = details or losses.statistics
-    norm, found_inf = clip_by_global_norm(model.parameters(), math.inf if grad_clip is None else grad_clip)
-    optimizers.step(plan.lr, found_inf)
+    sums, load = processes.total(sums), dict(zip(load, processes.total(torch.stack(list(load.values()))), strict=True))
+    norm, found_inf = optimizers.clip(math.inf if grad_clip is None else grad_clip)
+    processes.step(optimizers, plan.lr, found_inf)
     optimizers.zero_grad()
     update_router_biases(model, load, plan.bias_speed, found_inf)
     main, mtp, balance = sums[:3].unbind()
     return StepReport(main, mtp, balance, sums[3:], counts, norm, found_inf, load, details)
+
+
+def global_counts(micro_batches: Sequence[Batch], processes: Alone) -> Counts:
+    """What the loss sums of a step are divided by, over all processes; those that share rows know them whole."""
+    counts = Counts.of([batch.segments for batch in micro_batches], [batch.trained for batch in micro_batches])
+    total = processes.total(torch.stack((counts.main, counts.mtp, counts.valid))) // processes.context
+    return Counts(*total.unbind())
+
+
+def losses_of(
+    model: Transformer, batch: Batch, counts: Counts, plan: Plan, statistics: bool
+) -> tuple[Tensor, Losses]:
+    """The scalar to differentiate, and what it was made of."""
+    losses = training_losses(
+        model,
+        batch.tokens,
+        batch.segments,
+        plan.attention,
+        mtp=plan.mtp_weight > 0,
+        indexer=plan.indexer_weight > 0,
+        statistics=statistics,
+        trained=batch.trained,
+    )
+    return losses.total(counts, plan.mtp_weight, plan.balance_weight, plan.indexer_weight), losses
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from ..model.accounting import count_parameters, training_flops, training_flops_
 from ..model.config import ModelConfig, Recompute
 from ..model.memory import Layout, MemoryItem, training_memory
 from ..model.shapes import Shape, logical_rows, tensor_shapes
+from ..optim.ownership import newton_schulz_flops
 from ..optim.schedule import Schedule, Stage
 from .cluster import Cluster, GpuConfig, Shares
 from .config import ConfigError, TrainConfig, run_config
@@ -316,12 +317,7 @@ def muon_flops(shape: Shape, config: ModelConfig) -> float:
     """Operations of ten Newton-Schulz iterations on all matrices of an entry, as ``optim.muon`` does them."""
     if not shape.matrix:
         return 0.0
-    total = 0
-    for rows in logical_rows(shape, config):
-        n, m = sorted((rows, shape.shape[1]))
-        # The plain form or the Gram form, as newton_schulz chooses.
-        total += 10 * n**3 + 20 * n * n * m if 2 * m < 3 * n else 34 * n**3 + 4 * n * n * m
-    return 2.0 * total * shape.copies
+    return shape.copies * sum(newton_schulz_flops(rows, shape.shape[1]) for rows in logical_rows(shape, config))
 
 
 def placements(run: TrainConfig, stage: Stage, gpus: int) -> Iterator[Placement]:

@@ -1,0 +1,178 @@
+"""Training steps on several gloo processes, for comparison with one; the processes of a world serve all its cases.
+
+Runs by itself in each process: `python parallel_cases.py RANK WORLD FOLDER`, cases in FOLDER/cases.json, results in
+FOLDER/<case>_<rank>.safetensors.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from model_cases import random_config, random_model
+from run_cases import plan
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from openv4.data.loader import Batch
+from openv4.model import Transformer
+from openv4.model.released import released_tensors
+from openv4.optim.config import AdamWConfig, OptimConfig
+from openv4.train.config import ParallelConfig, PrecisionConfig
+from openv4.train.loop import StepReport, training_step
+from openv4.train.parallel import ALONE, Alone, Together
+from openv4.train.precision import apply_precision
+
+SECONDS = 300  # for all cases of a world
+
+
+@dataclass(frozen=True)
+class Case:
+    """Some steps of training; rows are dealt to the processes in turn."""
+
+    name: str
+    expert: int = 1
+    seed: int = 0  # of the model's config and weights
+    steps: int = 2
+    rows: int = 4
+    length: int = 24
+    micro_rows: int = 1  # of each process
+    attention: str = "sparse"
+    compute: str = "fp32"
+    clip: float | None = 1e9
+    matrices: str = "muon"
+    recompute: str = "none"
+    gradients: str = "fp32"
+    zero: int = 0
+    starved: bool = False  # all tokens choose the first experts, so that the others get none
+    model: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def config(self) -> Any:
+        fixed: dict[str, Any] = {"n_routed_experts": 4, "num_experts_per_tok": 2, "num_nextn_predict_layers": 1}
+        return random_config(self.seed, **(fixed | dict(self.model)))
+
+
+def run(case: Case, processes: Alone, together: int = 1) -> dict[str, Tensor]:
+    """What this process has after the case: losses, norms, loads, and the model by released names. One process alone
+    takes the micro-batches of so many ``together``."""
+    config = case.config
+    model = random_model(config, case.seed)
+    model.recompute = case.recompute  # type: ignore[assignment]
+    if case.starved:
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                if name.endswith("gate.bias"):
+                    buffer[: config.num_experts_per_tok] += 100
+                elif name.endswith("tid2eid"):
+                    buffer.copy_(torch.arange(config.num_experts_per_tok).expand_as(buffer))
+    processes.spread(model)
+    apply_precision(model, PrecisionConfig(case.compute, "fp32"))  # type: ignore[arg-type]
+    # An eps above the rounding of gradients: AdamW would move what has no gradient but rounding as far as all else.
+    optim = OptimConfig(matrices=case.matrices, adamw=AdamWConfig(eps=1e-6))  # type: ignore[arg-type]
+    optimizers = processes.optimizers(model, optim)
+    now = plan(sequence_length=case.length, rows=case.rows, attention=case.attention, bias_speed=0.05)
+    gradients: dict[str, Tensor] = {}
+    update = optimizers.step
+
+    def step_and_keep(lr: float, found_inf: Tensor) -> None:
+        """Keeps the gradients of the first step, clipped, as they are at their owners."""
+        for name, parameter in optimizers.parameters.items():
+            if parameter.grad is not None:
+                for expert, gradient in _by_expert(model, processes, name, parameter.grad):
+                    gradients.setdefault(f"gradient.{expert}", gradient.clone())
+        update(lr, found_inf)
+
+    optimizers.step = step_and_keep  # type: ignore[method-assign]
+    generator = torch.Generator().manual_seed(case.seed)
+    reports: list[StepReport] = []
+    for step in range(case.steps):
+        tokens = torch.randint(0, config.vocab_size, (case.rows, case.length), generator=generator)
+        segments = torch.randint(0, 3, (case.rows, case.length), generator=generator).sort(1).values
+        segments[:, case.length - 2 :] = -1 if step else 2
+        mine = range(processes.replica, case.rows, processes.replicas)
+        many = case.micro_rows * (together if processes.world == 1 else 1)
+        batches = [
+            Batch(tokens[list(mine[i : i + many])], segments[list(mine[i : i + many])], ())
+            for i in range(0, len(mine), many)
+        ]
+        processes.steps = step
+        reports.append(training_step(model, optimizers, batches, now, case.clip, step == 0, processes))
+    result = {
+        "losses": torch.stack([torch.stack((r.main, r.mtp, r.balance, *r.indexer)) for r in reports]),
+        "norms": torch.stack([r.grad_norm for r in reports]),
+        "loads": torch.stack([torch.stack(list(r.load.values())) for r in reports]),
+        "update_rms": torch.stack(list(optimizers.update_rms().values())),
+    }
+    result |= gradients
+    return result | {f"model.{name}": tensor.detach().clone() for name, tensor in released_tensors(model)}
+
+
+def _by_expert(
+    model: Transformer, processes: Alone, name: str, tensor: Tensor
+) -> Iterator[tuple[str, Tensor]]:
+    """A tensor that belongs to a parameter, or each expert's of a stack, by its global number."""
+    owner, routed, matrix = name.rpartition(".experts.")
+    if not routed:
+        yield name, tensor
+        return
+    first: int = model.get_submodule(f"{owner}.experts").first  # type: ignore[assignment]
+    for expert, each in enumerate(tensor, first + processes.first_of(name)):
+        yield f"{owner}.experts.{expert}.{matrix}.weight", each
+
+
+def alone(case: Case, together: int) -> dict[str, Tensor]:
+    return run(case, ALONE, together)
+
+
+def launch(cases: Sequence[Case], world: int, folder: Path) -> dict[str, list[dict[str, Tensor]]]:
+    """Runs the cases in ``world`` processes; by case, what each process had."""
+    folder.mkdir(parents=True)
+    (folder / "cases.json").write_text(json.dumps([asdict(case) for case in cases]))
+    command = [sys.executable, "-P", __file__, str(world), str(folder)]
+    processes = []
+    for rank in range(world):
+        environment = os.environ | {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
+        }  # fmt: skip
+        log = (folder / f"log_{rank}").open("wb")
+        processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+    try:
+        codes = [process.wait(SECONDS) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    logs = "".join(f"--- rank {rank}\n{(folder / f'log_{rank}').read_text()[-3000:]}" for rank in range(world))
+    assert codes == [0] * world, logs
+    return {
+        case.name: [load_file(folder / f"{case.name}_{rank}.safetensors") for rank in range(world)] for case in cases
+    }
+
+
+def main(world: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    rank = int(os.environ["RANK"])
+    # A file is the meeting place: no port is taken that another test may have.
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", "0"
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=world)
+    for values in json.loads((folder / "cases.json").read_text()):
+        case = Case(**{**values, "model": tuple((key, value) for key, value in values["model"])})
+        config = ParallelConfig(expert=case.expert, gradients=case.gradients, bucket_mb=0.02, zero=case.zero)  # type: ignore[arg-type]
+        processes = Together(config, case.seed, torch.device("cpu"))
+        save_file(
+            {k: v.contiguous() for k, v in run(case, processes).items()}, folder / f"{case.name}_{rank}.safetensors"
+        )
+    processes.close()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))
