@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Callable
 from itertools import takewhile
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, get_origin, get_type_hints
 
 import hydra
@@ -13,7 +14,18 @@ from omegaconf import DictConfig
 
 from ..data.config import DataError
 from ..model.config import ModelConfigError, WeightsError
-from ..train.config import CONF, CheckpointError, ConfigError, from_yaml, load, normalize, quoted
+from ..train.config import (
+    CONF,
+    REQUEUE_EXIT,
+    CheckpointError,
+    ConfigError,
+    Preempted,
+    StoppedElsewhere,
+    from_yaml,
+    load,
+    normalize,
+    quoted,
+)
 
 
 class Command(NamedTuple):
@@ -45,6 +57,7 @@ COMMANDS = {
 
 # What users cause and can mend. Anything else is a fault of ours and keeps its traceback.
 USER_ERRORS = (ConfigError, ModelConfigError, DataError, WeightsError, CheckpointError, OSError)
+EXPECTED = (*USER_ERRORS, Preempted, StoppedElsewhere)
 
 
 def main() -> None:
@@ -65,12 +78,25 @@ def main() -> None:
             _hydra_application(name, module.CONFIG, module.run, arguments)
         else:
             module.run(load(name, module.CONFIG, arguments))
-    except USER_ERRORS as error:
-        _fail(error)
     except KeyboardInterrupt:
         way_on = "; the same command resumes from the last checkpoint" if name == "train" else ""
         print(f"interrupted{way_on}", file=sys.stderr)
         sys.exit(130)
+    except EXPECTED as error:
+        _fail(error)
+
+
+def main_of_process(config: str) -> None:
+    """Of a process that ``openv4 train parallel.nproc=`` has started, with the config in a file."""
+    from .train import CONFIG, die_with_parent, run
+
+    die_with_parent()
+    try:
+        run(from_yaml(CONFIG, Path(config).read_text()))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except EXPECTED as error:
+        _fail(error)
 
 
 def _spelled_out(schema: type[Any], positional: str | None, arguments: list[str]) -> list[str]:
@@ -100,17 +126,29 @@ def _hydra_application(name: str, schema: type[Any], run: Callable[[Any], None],
     def application(config: DictConfig) -> None:
         try:
             run(from_yaml(schema, config))
-        except USER_ERRORS as error:
+        except EXPECTED as error:
             _fail(error)
 
     application()
 
 
 def _fail(error: Exception) -> NoReturn:
-    """One line and exit code 2; OPENV4_TRACEBACK=1 shows where the error came from."""
+    """One line and exit code 2; OPENV4_TRACEBACK=1 shows where the error came from. A run that a signal has stopped
+    ends with REQUEUE_EXIT."""
+    if isinstance(error, StoppedElsewhere):
+        sys.exit(2)
+    if isinstance(error, Preempted):
+        if os.environ.get("RANK", "0") == "0":
+            print(error, file=sys.stderr)
+        sys.exit(REQUEUE_EXIT)
     if os.environ.get("OPENV4_TRACEBACK"):
         raise error
-    print("error:", re.sub(r"\s*\n\s*", " ", str(error)), file=sys.stderr)
+    rank = os.environ.get("RANK")
+    print(
+        "error:" if rank in (None, "0") else f"error in process {rank}:",
+        re.sub(r"\s*\n\s*", " ", str(error)),
+        file=sys.stderr,
+    )
     sys.exit(2)
 
 

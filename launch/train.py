@@ -1,14 +1,114 @@
-"""``openv4 train``: pretraining, from prepared text to checkpoints. The same command again resumes."""
+"""``openv4 train``: pretraining and fine-tuning, from prepared data to checkpoints. The same command again resumes.
+
+Under ``torchrun``, ``deepspeed`` or ``srun`` it is one of the run's processes; with ``parallel.nproc`` it starts them.
+"""
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
-from ..train.config import ConfigError, TrainConfig
+from ..train.config import ConfigError, TrainConfig, to_yaml
 from ..train.loop import train
+from ..train.parallel import check_layout, launched
 
 CONFIG = TrainConfig
+
+# After one process has failed, the others may end by themselves for so many seconds, and then when told to.
+GRACE = 5.0
+_CHILD = "import sys; from openv4.launch.cli import main_of_process; main_of_process(sys.argv[1])"
 
 
 def run(config: TrainConfig) -> None:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device=cuda: torch finds no CUDA device here; use device=auto or cpu")
-    train(config)
+    if launched() or config.parallel.nproc == 1:
+        train(config)
+        return
+    check_layout(config, config.parallel.nproc)
+    if code := start_processes(config):
+        sys.exit(code)
+
+
+def start_processes(config: TrainConfig) -> int:
+    """Trains in ``parallel.nproc`` processes on this machine; returns the exit code of the first that failed, or 0.
+
+    Signals are passed on. Where one process fails, the others are stopped, and it is named.
+    """
+    count = config.parallel.nproc
+    with TemporaryDirectory(prefix="openv4-") as folder, socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        probe.close()
+        file = Path(folder) / "config.yaml"
+        file.write_text(to_yaml(config))
+        shared = {
+            "WORLD_SIZE": str(count),
+            "LOCAL_WORLD_SIZE": str(count),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count))),
+        }
+        command = [sys.executable, "-P", "-c", _CHILD, str(file)]
+        children = [
+            subprocess.Popen(command, env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank in range(count)
+        ]
+
+        def pass_on(number: int, frame: object) -> None:
+            for child in children:
+                if child.poll() is None:
+                    child.send_signal(number)
+
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        before = {number: signal.signal(number, pass_on) for number in numbers}
+        try:
+            return _watch(children)
+        finally:
+            for child in children:
+                child.kill()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _watch(children: list[subprocess.Popen[bytes]]) -> int:
+    """Waits until all have ended; says which has failed first."""
+    failed, deadline = None, 0.0
+    while any(child.poll() is None for child in children):
+        codes = [child.poll() for child in children]
+        if failed is None and any(codes):
+            failed = next(rank for rank, code in enumerate(codes) if code)
+            deadline = time.monotonic() + GRACE
+        if failed is not None and time.monotonic() > deadline:
+            for child in children:
+                child.terminate() if time.monotonic() < deadline + GRACE else child.kill()
+        time.sleep(0.05)
+    codes = [child.poll() or 0 for child in children]
+    if failed is None:
+        failed = next((rank for rank, code in enumerate(codes) if code), None)
+    if failed is None:
+        return 0
+    code = codes[failed]
+    if code < 0:
+        name = signal.Signals(-code).name
+        print(
+            f"error: process {failed} of {len(children)} was ended by {name}; the others were stopped", file=sys.stderr
+        )
+        return 128 - code
+    if len(set(codes)) > 1:
+        print(f"error: process {failed} of {len(children)} ended with exit code {code}", file=sys.stderr)
+    return code
+
+
+def die_with_parent() -> None:
+    """Asks the kernel to end this process when the one that started it ends, however it does (Linux)."""
+    parent_death_signal = 1
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGKILL)

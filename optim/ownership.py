@@ -9,6 +9,7 @@ known before it runs.
 import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from typing import NamedTuple
 
@@ -117,13 +118,13 @@ def _runs(stacks: Sequence[Item], owners: int) -> dict[str, tuple[Piece, ...]]:
     for item in ordered:
         count = item.shape[0]
         bounds = [min(max(cut - start, 0), count) for cut in cuts]
-        found = (Piece(owner, *pair) for owner, pair in enumerate(zip(bounds, bounds[1:], strict=False)))
+        found = (Piece(owner, *pair) for owner, pair in enumerate(pairwise(bounds)))
         pieces[item.name] = tuple(piece for piece in found if piece.first < piece.last)
         start += count
     return pieces
 
 
 def newton_schulz_flops(rows: int, columns: int) -> float:
-    """Operations of ten Newton-Schulz iterations on a matrix, in the form, plain or Gram, that `newton_schulz` takes."""
+    """Operations of ten Newton-Schulz iterations on a matrix, in the form that `newton_schulz` takes: plain or Gram."""
     n, m = sorted((rows, columns))
     return 2.0 * (10 * n**3 + 20 * n * n * m if 2 * m < 3 * n else 34 * n**3 + 4 * n * n * m)

@@ -113,9 +113,7 @@ def run(case: Case, processes: Alone, together: int = 1) -> dict[str, Tensor]:
     return result | {f"model.{name}": tensor.detach().clone() for name, tensor in released_tensors(model)}
 
 
-def _by_expert(
-    model: Transformer, processes: Alone, name: str, tensor: Tensor
-) -> Iterator[tuple[str, Tensor]]:
+def _by_expert(model: Transformer, processes: Alone, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     """A tensor that belongs to a parameter, or each expert's of a stack, by its global number."""
     owner, routed, matrix = name.rpartition(".experts.")
     if not routed:
@@ -171,7 +169,7 @@ def main(world: int, folder: Path) -> None:
         save_file(
             {k: v.contiguous() for k, v in run(case, processes).items()}, folder / f"{case.name}_{rank}.safetensors"
         )
-    processes.close()
+    processes.close(None)
 
 
 if __name__ == "__main__":

@@ -54,8 +54,8 @@ def train(
 @pytest.mark.slow
 @pytest.mark.parametrize("attention", ["dense", "sparse"])
 def test_float32(attention: AttentionMode) -> None:
-    """Sums in another order differ by 1e-7, which an update makes more of where a gradient is not far above eps. (Muon's
-    products are tested by themselves: interpreted, a step of it takes minutes.)"""
+    """Sums in another order differ by 1e-7, which an update makes more of where a gradient is not far above eps.
+    (Muon's products are tested by themselves: interpreted, a step of it takes minutes.)"""
     precision = PrecisionConfig("fp32")
     wanted = train("torch", precision, attention)
     for implementation in ("reference", "triton"):

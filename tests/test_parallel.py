@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from model_cases import relative_rms
 from parallel_cases import Case, alone, launch
 from torch import Tensor
 
@@ -32,7 +31,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, 
     }
 
 
-@pytest.mark.parametrize(("world", "case"), [(w, c) for w, cases in CASES.items() for c in cases], ids=lambda v: getattr(v, "name", v))
+@pytest.mark.parametrize(
+    ("world", "case"), [(w, c) for w, cases in CASES.items() for c in cases], ids=lambda v: getattr(v, "name", v)
+)
 def test_equals_one_process(world: int, case: Case, found: dict[str, list[dict[str, Tensor]]]) -> None:
     wanted, ranks = alone(case, world), found[f"{world}-{case.name}"]
     whole = float(wanted["norms"][0])
@@ -46,7 +47,7 @@ def test_equals_one_process(world: int, case: Case, found: dict[str, list[dict[s
         if name.startswith("gradient."):
             assert len(have) == 1, name  # one owner
             error = max(0.0, error - 1e-7 * whole)
-        limit = 1e-4 if name.startswith("model.") and case.matrices == "muon" or name == "update_rms" else 1e-5
+        limit = 1e-4 if (name.startswith("model.") and case.matrices == "muon") or name == "update_rms" else 1e-5
         if error > limit * size and not name.startswith(NOISE):
             wrong[name] = error / size
     assert not wrong, dict(list(wrong.items())[:6])

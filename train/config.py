@@ -38,6 +38,18 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be written or read; the message names the file and the way out."""
 
 
+class Preempted(Exception):  # noqa: N818 (no error)
+    """A signal has asked a run to stop, and it is saved; it goes on when the same command is started again."""
+
+
+class StoppedElsewhere(Exception):  # noqa: N818 (the error is another's)
+    """Another process of the run has failed, and has said why."""
+
+
+# What a process ends with after Preempted, so that a batch script knows to requeue its job.
+REQUEUE_EXIT = 85
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Where the training rows come from.

@@ -3,6 +3,9 @@
 import fcntl
 import json
 import math
+import os
+import signal
+import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -24,29 +27,19 @@ from ..model.loss import Counts, Losses, training_losses
 from ..model.released import copy_companions, copy_tokenizer, load_pretrained, weights_fingerprint
 from ..model.tensor_files import write_json
 from ..model.transformer import Transformer
-from ..optim.groups import Optimizers
+from ..optim.groups import GroupRow, Optimizers
 from ..optim.schedule import Plan, Schedule
 from .checkpoint import TrainState, latest_checkpoint, load_checkpoint, make_latest, remove_leftovers, save_checkpoint
-from .config import CheckpointError, ConfigError, PrecisionConfig, TrainConfig, from_yaml, leaves, to_yaml
+from .config import CheckpointError, ConfigError, PrecisionConfig, Preempted, TrainConfig, from_yaml, leaves, to_yaml
 from .dataset import Dataset, open_dataset
 from .environment import code_version, write_environment
 from .evaluation import Evaluation, evaluate, without_dropout
-from .meter import Meter, StepReport, relative_load
-from .metrics import (
-    EventLog,
-    ExpertLoadFile,
-    MetricsFile,
-    Terminal,
-    finite,
-    plot_loss,
-    read_metrics,
-    summarize_rows,
-    summary_table,
-)
+from .journal import Journal
+from .meter import Meter, StepReport
+from .metrics import finite, plot_loss, read_metrics, summarize_rows, summary_table
 from .parallel import ALONE, Alone, start
 from .precision import apply_precision, describe_precision
 from .progress import progress_bar
-from .wandb_log import WandbLog
 
 
 def training_step(
@@ -62,16 +55,15 @@ def training_step(
     micro-batches of its own, as many as the others.
 
     The loss is a sum over tokens divided by the count of the whole step, so its value and gradient do not depend on how
-    the step is cut, nor on how many processes share it. A step whose gradient norm is not finite changes nothing; the device decides, the host never waits.
+    the step is cut, nor on how many processes share it. A step whose gradient norm is not finite changes nothing; the
+    device decides, the host never waits.
     """
     counts = global_counts(micro_batches, processes)
     sums = torch.zeros(6, device=model.embed.weight.device)
     load: dict[str, Tensor] = {}
     details: dict[str, Tensor] = {}
     for index, batch in enumerate(micro_batches):
-        loss, losses = processes.forward(
-            losses_of, model, batch, counts, plan, statistics and not details
-        )
+        loss, losses = processes.forward(losses_of, model, batch, counts, plan, statistics and not details)
         processes.backward(loss, last=index == len(micro_batches) - 1)
         sums += torch.stack((losses.main, losses.mtp, losses.balance, *losses.indexer)).detach()
         load = {name: count + load.get(name, 0) for name, count in losses.load.items()}
@@ -92,9 +84,7 @@ def global_counts(micro_batches: Sequence[Batch], processes: Alone) -> Counts:
     return Counts(*total.unbind())
 
 
-def losses_of(
-    model: Transformer, batch: Batch, counts: Counts, plan: Plan, statistics: bool
-) -> tuple[Tensor, Losses]:
+def losses_of(model: Transformer, batch: Batch, counts: Counts, plan: Plan, statistics: bool) -> tuple[Tensor, Losses]:
     """The scalar to differentiate, and what it was made of."""
     losses = training_losses(
         model,
@@ -120,66 +110,66 @@ def update_router_biases(model: Transformer, load: dict[str, Tensor], speed: flo
 
 
 def train(config: TrainConfig) -> Path:
-    """Trains until the schedule ends, from the newest checkpoint of ``config.output`` if there is one.
+    """Trains until the schedule ends, from the newest checkpoint of ``config.output`` if there is one. Every process of
+    a run calls it.
 
     Returns:
         the run's folder.
+
+    Raises:
+        Preempted: a signal asked to stop; all is saved.
     """
     run = Path(config.output)
     with ExitStack() as stack:
-        claim_folder(run, config, stack)
-        device = torch.device(
-            ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-        )
-        make_deterministic(config, device)
-        data = open_dataset(config.data, run, config.model, config.pretrained, config.shortest_row)
+        device = device_of(config)
+        processes = start(config, device)
+        stack.push(lambda kind, error, trace: processes.close(error))
+        stop = stack.enter_context(StopSignal())
+        processes.first_does(lambda: claim_folder(run, config, stack))
+        make_deterministic(config, device, processes.rank)
+        data = processes.first_does(lambda: open_run_dataset(config, run))
+        if data is None:  # the first process has prepared it, and compared its checksums
+            data = open_run_dataset(replace(config, data=replace(config.data, verify=False)), run)
         schedule = make_schedule(config, data)
         loader = data.loader(config.seed, config.data.workers)
 
         model = build_model(config, device)
-        optimizers = build_optimizers(model.named_parameters(), model.row_splits(), config.optim)
+        processes.spread(model)
+        optimizers = processes.optimizers(model, config.optim)
         base = weights_fingerprint(Path(config.pretrained)) if config.pretrained else ""
         state = TrainState(data=loader.state_dict(), fingerprint=data.fingerprint, base=base)
         resumed = restore(run, model, optimizers, state, data, config.checkpoint.keep)
         loader.load_state_dict(state.data or {})
-        write_config(run, config)
-        if config.pretrained:
-            copy_companions(Path(config.pretrained), run)
-        copy_tokenizer(data.tokenizer_path, run, config.model)
+        processes.first_does(lambda: write_description(run, config, data))
 
-        metrics = MetricsFile(run / "metrics.jsonl", state.step)
-        loads = ExpertLoadFile(run / "expert_load.jsonl", state.step)
-        events = EventLog(run / "events.jsonl")
-        stack.enter_context(events.closing(state))
-        terminal = stack.enter_context(Terminal(schedule.total_steps, state.step))
-        introduce(terminal, config, optimizers, data, resumed, state)
-        described = asdict(config) | {"code": code_version()}
-        wandb = WandbLog(config.logging.wandb, config.logging.project, config.name, run, described)
-        stack.callback(wandb.finish)
-        validator = Validator(config, data, device)
-        meter = Meter(config, device)
+        journal = Journal(run, config, state, schedule.total_steps, processes.first, stack)
+        introduce(journal, config, optimizers, processes, data, resumed, state)
+        validator = Validator(config, data, device, processes)
+        meter = Meter(config, device, processes)
         where = config.precision, device
 
         plan = schedule.plan(state.step, state.tokens)
         if plan is not None:
             apply_precision(model, config.precision, plan.compute)
-            events.write(state.step, *beginning(resumed, state, metrics.reached, describe_stage(plan, *where)))
+            journal.event(*beginning(resumed, journal.repeated, describe_stage(plan, *where)))
         untrained = None
         if plan is not None and state.step == 0:
             with meter.aside("validation"):
                 untrained = validator(model, plan)
         while plan is not None:
             with meter.waiting():
-                batch = loader.next_batch(plan.rows, plan.sequence_length)
+                batch = loader.next_batch(plan.rows, plan.sequence_length, processes.replica, processes.replicas)
             validates = config.validation.every > 0 and (state.step + 1) % config.validation.every == 0
             due = validates or state.step == 0 or (state.step + 1) % config.logging.every == 0
-            micro_batches = split_batch(batch, config.micro_batch_tokens, device)
-            report = training_step(model, optimizers, micro_batches, plan, config.grad_clip, statistics=due)
+            rows = math.ceil(plan.rows / processes.replicas)
+            micro_batches = split_batch(filled(batch, rows, data.eos), config.micro_batch_tokens, device)
+            processes.steps = state.step
+            report = training_step(model, optimizers, micro_batches, plan, config.grad_clip, due, processes)
             state.step += 1
             state.tokens += plan.tokens
             meter.count(plan, report)
             if due:
-                settle(meter, state, events)
+                settle(meter, state, journal)
                 row = meter.row(state, plan, report, optimizers, batch)
                 if untrained is not None:
                     row |= {"validation/untrained_loss": untrained.loss}
@@ -190,31 +180,96 @@ def train(config: TrainConfig) -> Path:
                         result = validator(model, plan)
                     if result is not None:
                         row |= {"validation/loss": result.loss, "validation/bits_per_byte": result.bits_per_byte}
-                metrics.write(row)
-                loads.write(state.step, relative_load(report.load))
-                terminal.show(row)
-                wandb.write(row)
+                journal.row(row, report)
             stage, plan = plan.stage, schedule.plan(state.step, state.tokens)
             if plan is not None and plan.stage != stage:
                 apply_precision(model, config.precision, plan.compute)
-                events.write(state.step, "stage", describe_stage(plan, *where))
+                journal.event("stage", describe_stage(plan, *where))
             every = config.checkpoint.every
-            if plan is None or (every and state.step % every == 0):
-                settle(meter, state, events)
+            stopping = plan is not None and processes.any(stop.signal)
+            if plan is None or stopping or (every and state.step % every == 0):
+                settle(meter, state, journal)
                 state.data = loader.state_dict()
                 with meter.aside("checkpoint"):
                     adapter = (config.lora, str(Path(config.pretrained or "").resolve())) if config.lora else None
                     saved = save_checkpoint(
                         run / "checkpoints", model, optimizers, state, config.checkpoint.keep, adapter
                     )
-                events.write(state.step, "checkpoint", saved.name)
+                journal.event("checkpoint", saved.name)
+            if stopping:
+                journal.event("preempted", f"signal {stop.signal or 'to another process'}; the same command goes on")
+                raise Preempted(f"{run}: stopped after step {state.step} by a signal, saved; the same command goes on")
         if meter.steps == 0 and (state.step > schedule.total_steps or concluded(run, state)):
-            terminal.console.print(f"{run}: this run is complete at step {state.step}; raise steps= to go on")
+            journal.print(f"{run}: this run is complete at step {state.step}; raise steps= to go on")
         elif last := schedule.plan(state.step - 1, schedule.tokens_before(state.step - 1)):
             apply_precision(model, config.precision, last.compute)
-            conclude(run, terminal, wandb, config, data, model, state, validator(model, last, whole=True))
-            events.write(state.step, "end", f"{state.tokens:,} tokens trained")
+            final = validator(model, last, whole=True)
+            conclude(run, journal, config, data, model, state, final, processes)
+            journal.event("end", f"{state.tokens:,} tokens trained")
     return run
+
+
+class StopSignal:
+    """Notes a first SIGUSR1 or SIGTERM, as SLURM sends some minutes before it kills, so that the step can end and the
+    run be saved; a second one ends the process as it does by default.
+
+    Attributes:
+        signal: its name, once it has come.
+    """
+
+    SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.signal = ""
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+            self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        self.signal = signal.Signals(number).name
+        for each in self.SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
+
+
+def device_of(config: TrainConfig) -> torch.device:
+    """The device of this process."""
+    if config.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def open_run_dataset(config: TrainConfig, run: Path) -> Dataset:
+    return open_dataset(config.data, run, config.model, config.pretrained, config.shortest_row)
+
+
+def write_description(run: Path, config: TrainConfig, data: Dataset) -> None:
+    """What tells of a run, and what goes with its weights."""
+    write_config(run, config)
+    if config.pretrained:
+        copy_companions(Path(config.pretrained), run)
+    copy_tokenizer(data.tokenizer_path, run, config.model)
+
+
+def filled(batch: Batch, rows: int, pad: int) -> Batch:
+    """The batch with rows of padding, where other processes have a row more; all go through as many passes."""
+    missing = rows - len(batch.tokens)
+    if not missing:
+        return batch
+
+    def grown(tensor: Tensor, value: int) -> Tensor:
+        return torch.cat((tensor, tensor.new_full((missing, *tensor.shape[1:]), value)))
+
+    trained = None if batch.trained is None else grown(batch.trained, 0)
+    return Batch(grown(batch.tokens, pad), grown(batch.segments, -1), (*batch.pieces, *((),) * missing), trained)
 
 
 def build_model(config: TrainConfig, device: torch.device) -> Transformer:
@@ -311,14 +366,15 @@ def differences(before: TrainConfig, now: TrainConfig) -> list[str]:
     return [*found, f"{len(keys) - 4} more"] if len(keys) > 4 else found
 
 
-def make_deterministic(config: TrainConfig, device: torch.device) -> None:
-    """Same seed, same weights: deterministic kernels, and nothing that depends on time or thread scheduling."""
+def make_deterministic(config: TrainConfig, device: torch.device, rank: int) -> None:
+    """Same seed, same weights: deterministic kernels, and nothing that depends on time or thread scheduling. Processes
+    drop different elements of adapters."""
     if config.threads:
         torch.set_num_threads(config.threads)
     # On CUDA some integer operations only warn: they have no deterministic twin, but are exact in any order.
     torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.seed + rank)
 
 
 def restore(
@@ -362,8 +418,8 @@ def split_batch(batch: Batch, micro_batch_tokens: int, device: torch.device) -> 
 class Validator:
     """Runs the validation pass of a run; None where the data has no validation documents."""
 
-    def __init__(self, config: TrainConfig, data: Dataset, device: torch.device) -> None:
-        self.config, self.data = config, data
+    def __init__(self, config: TrainConfig, data: Dataset, device: torch.device, processes: Alone = ALONE) -> None:
+        self.config, self.data, self.processes = config, data, processes
         self.stores, self.token_bytes = data.validation, data.token_bytes(device)
 
     def __call__(self, model: Transformer, plan: Plan, whole: bool = False) -> Evaluation | None:
@@ -372,7 +428,9 @@ class Validator:
             return None
         tokens, batch = None if whole else self.config.validation.tokens, self.config.micro_batch_tokens
         length, pad = plan.sequence_length, self.data.eos
-        return evaluate(model, self.stores, self.token_bytes, length, plan.attention, tokens, batch, pad)
+        return evaluate(
+            model, self.stores, self.token_bytes, length, plan.attention, tokens, batch, pad, self.processes
+        )
 
     def byte_model(self, order: int) -> float | None:
         """Bits per byte of a byte n-gram model fitted on the training text, on the validation text."""
@@ -385,11 +443,10 @@ class Validator:
         return ByteModel.fit(train, order).bits_per_byte(held_out)
 
 
-def beginning(resumed: Path | None, state: TrainState, reached: int, stage: str) -> tuple[str, str]:
-    """Kind and text of the event that a process starts with; ``reached``: the last step that had been logged."""
+def beginning(resumed: Path | None, repeated: int, stage: str) -> tuple[str, str]:
+    """Kind and text of the event that a process starts with; ``repeated``: logged steps after the checkpoint."""
     if resumed is None:
         return "start", stage
-    repeated = max(0, reached - state.step)
     again = f"; {repeated} logged steps are done again" if repeated else ""
     return "resume", f"from {resumed.name}{again}"
 
@@ -401,23 +458,24 @@ def describe_stage(plan: Plan, precision: PrecisionConfig, device: torch.device)
     )
 
 
-def settle(meter: Meter, state: TrainState, events: EventLog) -> None:
+def settle(meter: Meter, state: TrainState, journal: Journal) -> None:
     """Brings ``state.skipped`` up to date, and tells if it grew."""
     if skipped := meter.settle(state):
         steps = "a step had a gradient that was" if skipped == 1 else f"{skipped} steps had gradients that were"
-        events.write(state.step, "skipped", f"{steps} not finite, here or since the last row; nothing was changed")
+        journal.event("skipped", f"{steps} not finite, here or since the last row; nothing was changed")
 
 
 def introduce(
-    terminal: Terminal,
+    journal: Journal,
     config: TrainConfig,
     optimizers: Optimizers,
+    processes: Alone,
     data: Dataset,
     resumed: Path | None,
     state: TrainState,
 ) -> None:
     """Prints what is about to be trained, on what, from where."""
-    print_ = terminal.console.print
+    print_ = journal.print
     for label, text in parameter_table(config.model):
         print_(f"{label:>12}: {text}")
     for folder in data.folders:
@@ -425,15 +483,18 @@ def introduce(
         text = ", ".join(f"{s.tokens:,} tokens of {s.documents:,} documents ({n})" for n, s in splits.items())
         print_(f"{'data':>12}: {folder.folder}: {text}")
     print_(f"{'output':>12}: {config.output}" + (f", resumed at step {state.step}" if resumed else ""))
-    print_(group_table(optimizers))
+    rows = processes.table(optimizers)
+    print_(group_table(rows))
+    if processes.world > 1:
+        print_(f"{'processes':>12}: {processes}")
     if not data.validation:
         print_("no validation: the data was prepared from a single document")
 
 
-def group_table(optimizers: Optimizers) -> Table:
+def group_table(rows: Sequence[GroupRow]) -> Table:
     """Which parameters go to which optimizer, to print at start."""
     table = Table("group", "optimizer", "tensors", "matrices", "parameters", "shapes", title="parameter groups")
-    for row in optimizers.table():
+    for row in rows:
         shapes = ", ".join("x".join(map(str, shape)) for shape in row.shapes[:3]) + (
             " ..." if len(row.shapes) > 3 else ""
         )
@@ -453,16 +514,21 @@ def concluded(run: Path, state: TrainState) -> bool:
 
 def conclude(
     run: Path,
-    terminal: Terminal,
-    wandb: WandbLog,
+    journal: Journal,
     config: TrainConfig,
     data: Dataset,
     model: Transformer,
     state: TrainState,
     final: Evaluation | None,
+    processes: Alone,
 ) -> None:
     """The end of a run: plot, a sample, what to do next, and last the summary, which says that all was done."""
-    print_ = terminal.console.print
+    sample = None
+    if config.logging.sample_prompt is not None and (final is None or math.isfinite(final.loss)):
+        sample = sample_text(config, data, model, config.logging.sample_prompt)  # all processes have experts to lend
+    if not processes.first:
+        return
+    print_ = journal.print
     rows = read_metrics(run / "metrics.jsonl")
     code = code_version()
     summary: dict[str, Any] = {"step": state.step, "tokens": state.tokens, "skipped": state.skipped}
@@ -486,16 +552,9 @@ def conclude(
     summary = finite(summary) | {"git": code["git"], "git_dirty": code["git_dirty"]}
     print_(summary_table(summary))
     plot = plot_loss(run)
-    wandb.conclude(summary, plot)
-    if config.logging.sample_prompt is not None and (final is None or math.isfinite(final.loss)):
-        tokenizer = load_tokenizer(data.tokenizer_path)
-        prompt = [
-            config.model.bos_token_id,
-            *tokenizer.encode(config.logging.sample_prompt, add_special_tokens=False).ids,
-        ]
-        with without_dropout(model):
-            ids = generate(model, prompt, config.logging.sample_tokens, seed=config.seed, stop=(data.eos,))
-        print_("a sample: ", tokenizer.decode(ids), markup=False)
+    journal.conclude(summary, plot)
+    if sample is not None:
+        print_("a sample: ", sample, markup=False)
     chats = any(folder.manifest.splits["train"].trained is not None for folder in data.folders)
     question = "chat=true prompt='Hello'" if chats else "prompt='In the beginning'"
     print_(f"loss plot:  {plot}")
@@ -508,3 +567,12 @@ def conclude(
     else:
         print_(f"  openv4 merge adapter={run} output={run}/merged", markup=False)
     write_json(run / "summary.json", summary)
+
+
+def sample_text(config: TrainConfig, data: Dataset, model: Transformer, prompt: str) -> str:
+    """The prompt, continued by the model."""
+    tokenizer = load_tokenizer(data.tokenizer_path)
+    ids = [config.model.bos_token_id, *tokenizer.encode(prompt, add_special_tokens=False).ids]
+    with without_dropout(model):
+        ids = generate(model, ids, config.logging.sample_tokens, seed=config.seed, stop=(data.eos,))
+    return tokenizer.decode(ids)

@@ -17,6 +17,7 @@ from .checkpoint import TrainState
 from .config import TrainConfig
 from .environment import peak_flops, peak_memory_gb
 from .metrics import Row
+from .parallel import ALONE, Alone
 
 
 @dataclass
@@ -37,8 +38,8 @@ class StepReport:
 class Meter:
     """Turns step reports into rows of metrics; the only place that waits for the device."""
 
-    def __init__(self, config: TrainConfig, device: torch.device) -> None:
-        self.config = config
+    def __init__(self, config: TrainConfig, device: torch.device, processes: Alone = ALONE) -> None:
+        self.config, self.processes = config, processes
         self.steps = 0
         self._restart()
         self._device, self._skipped = device, torch.zeros((), device=device)
@@ -79,8 +80,11 @@ class Meter:
         return skipped
 
     def row(self, state: TrainState, plan: Plan, report: StepReport, optimizers: Optimizers, batch: Batch) -> Row:
-        """The metrics of the step just done; times and speeds are since the last row."""
+        """The metrics of the step just done; times and speeds are since the last row. All processes call it."""
         counts = report.counts
+        peaks = peak_memory_gb(self._device)
+        epoch = max((piece[1] for pieces in batch.pieces for piece in pieces), default=0)
+        epoch, *most = self.processes.largest(torch.tensor([epoch, *peaks.values()], dtype=torch.float64)).tolist()
         row: Row = {
             "step": state.step,
             "tokens": state.tokens,
@@ -92,18 +96,20 @@ class Meter:
             "train/stage": plan.stage,
             "train/sequence_length": plan.sequence_length,
             "train/batch_tokens": plan.tokens,
-            "data/padding": 1 - int(counts.valid) / batch.segments.numel(),
-            "data/epoch": max((piece[1] for pieces in batch.pieces for piece in pieces), default=0),
+            "data/padding": 1 - int(counts.valid) / plan.tokens,
+            "data/epoch": int(epoch),
             "stability/skipped_steps": state.skipped,
         }
         kl, uniform, compared = report.indexer.tolist()
         if compared:
             row |= {"attn/indexer_kl": kl / compared, "attn/indexer_kl_uniform": uniform / compared}
-        row |= {name: float(value) for name, value in report.statistics.items()}
+        if report.statistics:
+            means = self.processes.total(torch.stack([value.float() for value in report.statistics.values()]))
+            row |= dict(zip(report.statistics, (means / self.processes.world).tolist(), strict=True))
         if row.pop("attn/indexer_recall_tokens", 1) == 0:
             del row["attn/indexer_recall"]  # rows so short that the indexer takes all there is
         row |= load_metrics(report.load)
-        row |= peak_memory_gb(self._device)
+        row |= dict(zip(peaks, most, strict=True))
         row |= {f"optim/update_rms/{g.replace(' ', '_')}": float(v) for g, v in optimizers.update_rms().items()}
         row |= {f"system/{what}_seconds": seconds for what, seconds in self._aside.items()}
         elapsed = time.perf_counter() - self._since
@@ -119,7 +125,7 @@ class Meter:
                 indexer_loss=plan.indexer_weight > 0,
                 lora=self.config.lora,
             )
-            row["train/mfu"] = speed * flops / self._peak
+            row["train/mfu"] = speed * flops / (self._peak * self.processes.world)
         self._restart()
         return row
 

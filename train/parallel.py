@@ -24,13 +24,15 @@ from torch.nn import Parameter
 
 from ..kernels.norm import at_least_fp32
 from ..kernels.router import expert_load
+from ..model.memory import Layout
 from ..model.moe import Experts, MoE
 from ..model.transformer import Transformer
 from ..optim.config import OptimConfig
 from ..optim.exchange import Exchange
-from ..optim.groups import MUON_GROUPS, Optimizers, build_optimizers, group_of
+from ..optim.groups import MUON_GROUPS, GroupRow, Optimizers, build_optimizers, group_of
 from ..optim.ownership import Item, Ownership, assign
-from .config import ConfigError, ParallelConfig, TrainConfig
+from .config import ConfigError, ParallelConfig, StoppedElsewhere, TrainConfig
+from .planning import Placement, why_impossible
 
 T = TypeVar("T")
 
@@ -67,8 +69,21 @@ class Alone:
         """The maximum over all processes."""
         return numbers
 
-    def barrier(self) -> None:
-        """Waits for all processes."""
+    def any(self, mark: object) -> bool:
+        """Whether ``mark`` is true in any process."""
+        return bool(mark)
+
+    def first_does(self, function: Callable[[], T]) -> T | None:
+        """What ``function`` returns in the first process; the others wait for it, and get None.
+
+        Raises:
+            StoppedElsewhere: in the others, if it failed.
+        """
+        return function()
+
+    def table(self, optimizers: Optimizers) -> list[GroupRow]:
+        """What goes to which optimizer, of the whole model."""
+        return optimizers.table()
 
     def forward(self, function: Callable[..., T], *arguments: Any) -> T:
         """``function(*arguments)``, which begins with a forward pass."""
@@ -92,8 +107,8 @@ class Alone:
         """The expert, of those of this process, with which its shard of a parameter begins."""
         return 0
 
-    def close(self) -> None:
-        """Parts from the other processes."""
+    def close(self, error: object) -> None:
+        """Parts from the other processes; after an error without waiting for them."""
 
 
 ALONE = Alone()
@@ -115,6 +130,8 @@ class Together(Alone):
         self._deepspeed = _join(config, device)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.expert, self.context = config.expert, config.context
+        # Marks and the like go past the device, whose work they need not wait for.
+        self._control = dist.new_group(backend="gloo", timeout=timedelta(minutes=config.timeout_minutes))
         self.ownership: Ownership | None = None
         self.dispatchers: list[ExpertDispatcher] = []
         self._experts = self._holders = dist.group.WORLD
@@ -139,8 +156,33 @@ class Together(Alone):
         dist.all_reduce(result, how)
         return result
 
-    def barrier(self) -> None:
-        dist.barrier()
+    def any(self, mark: object) -> bool:
+        marked = torch.tensor([bool(mark)], dtype=torch.int32)
+        dist.all_reduce(marked, dist.ReduceOp.MAX, group=self._control)
+        return bool(marked)
+
+    def first_does(self, function: Callable[[], T]) -> T | None:
+        result, error = None, None
+        if self.first:
+            try:
+                result = function()
+            except Exception as caught:  # raised again, once the others know
+                error = caught
+        failed = self.any(error)
+        if error is not None:
+            raise error
+        if failed:
+            raise StoppedElsewhere
+        return result
+
+    def table(self, optimizers: Optimizers) -> list[GroupRow]:
+        assert self.ownership is not None
+        return optimizers.table()
+
+    def __str__(self) -> str:
+        assert self.ownership is not None
+        sizes = f"{self.world}: experts over {self.expert}, rows over {self.context}"
+        return f"{sizes}; owners of parameters: {self.ownership.balance()}"
 
     def forward(self, function: Callable[..., T], *arguments: Any) -> T:
         result: T = self._engine(function, *arguments)
@@ -160,7 +202,7 @@ class Together(Alone):
     def spread(self, model: Transformer) -> None:
         if self.expert == 1:
             return
-        for name, module in model.named_modules():
+        for module in list(model.modules()):
             if isinstance(module, Experts):
                 _keep(module, self.rank % self.expert, self.expert)
             elif isinstance(module, MoE):
@@ -191,9 +233,10 @@ class Together(Alone):
         self._engine, self._client = _engine(self._deepspeed, model)
         return optimizers
 
-    def close(self) -> None:
-        dist.barrier()  # a process that leaves early can abort those that still talk to it
-        dist.destroy_process_group()
+    def close(self, error: object) -> None:
+        if error is None:
+            dist.barrier()  # a process that leaves early can abort those that still talk to it
+            dist.destroy_process_group()
 
 
 def item_of(name: str, parameter: Parameter, splits: Mapping[str, tuple[int, ...]], config: OptimConfig) -> Item:
@@ -209,21 +252,35 @@ def start(config: TrainConfig, device: torch.device) -> Alone:
     Raises:
         ConfigError: their number does not go with the config.
     """
+    world = int(os.environ["WORLD_SIZE"]) if launched() else 1
+    check_layout(config, world)
+    return Alone() if world == 1 else Together(config.parallel, config.seed, device)
+
+
+def launched() -> bool:
+    """Whether a launcher (torchrun, deepspeed, srun, ourselves) has started this process as one of several."""
     _from_slurm(os.environ)
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def check_layout(config: TrainConfig, world: int) -> None:
+    """Refuses what cannot be spread over so many processes, before anything is allocated.
+
+    Raises:
+        ConfigError: with the reason.
+    """
     parallel = config.parallel
     for key in ("expert", "context"):
         if world % getattr(parallel, key):
             raise ConfigError(
-                f"parallel.{key}={getattr(parallel, key)} does not divide the {world} processes of the run; "
-                f"start a multiple of it (parallel.nproc=, torchrun, deepspeed or srun), or lower it"
+                f"parallel.{key}={getattr(parallel, key)} does not divide the run's {world} "
+                f"process{'es' if world > 1 else ''}; start a multiple of it (parallel.nproc=, torchrun, deepspeed or "
+                "srun), or lower it"
             )
-    if config.model.n_routed_experts % parallel.expert:
-        raise ConfigError(
-            f"parallel.expert={parallel.expert} does not divide the {config.model.n_routed_experts} routed experts "
-            "of the model; choose a divisor"
-        )
-    return Alone() if world == 1 else Together(parallel, config.seed, device)
+    layout = Layout(world, parallel.expert, parallel.context)
+    for stage in config.stages:
+        if reason := why_impossible(config, stage, Placement(layout, 1, config.recompute)):
+            raise ConfigError(f"stages: {stage.name!r} cannot run on {world} processes: {reason}")
 
 
 def _from_slurm(environment: Any) -> None:
