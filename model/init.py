@@ -91,10 +91,18 @@ DISTRIBUTIONS: dict[str, Distribution] = {
 
 @torch.no_grad()
 def init_weights(model: Transformer, seed: int = 0) -> None:
-    """Fills every parameter and buffer of ``model`` (which must not be on the meta device)."""
+    """Fills every parameter and buffer of ``model`` (which must not be on the meta device). Of a stack of experts that
+    processes share each gets its part of what one would have."""
     for name, tensor in model.state_dict(keep_vars=True).items():
         draw = next(draw for ending, draw in DISTRIBUTIONS.items() if name.endswith(ending))
-        draw(tensor, name, model.config, generator_of(seed, name))
+        generator = generator_of(seed, name)
+        if ".experts." in name and len(tensor) < model.config.n_routed_experts:
+            whole = tensor.new_empty(model.config.n_routed_experts, *tensor.shape[1:])
+            draw(whole, name, model.config, generator)
+            first: int = model.get_submodule(name.rpartition(".")[0]).first  # type: ignore[assignment]
+            tensor.copy_(whole[first : first + len(tensor)])
+        else:
+            draw(tensor, name, model.config, generator)
 
 
 def generator_of(seed: int, name: str) -> torch.Generator:

@@ -8,8 +8,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +49,17 @@ class Case:
     recompute: str = "none"
     gradients: str = "fp32"
     zero: int = 0
+    first: float = 1e-5  # how far the gradients of the first step may be from those of one process, relative
+    after: float = 1e-5  # the same of the losses of all steps; weights are allowed more
     starved: bool = False  # all tokens choose the first experts, so that the others get none
-    model: tuple[tuple[str, Any], ...] = ()
+    model: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def config(self) -> Any:
         fixed: dict[str, Any] = {"n_routed_experts": 4, "num_experts_per_tok": 2, "num_nextn_predict_layers": 1}
-        return random_config(self.seed, **(fixed | dict(self.model)))
+        return random_config(
+            self.seed, **(fixed | {k: tuple(v) if isinstance(v, list) else v for k, v in self.model.items()})
+        )
 
 
 def run(case: Case, processes: Alone, together: int = 1) -> dict[str, Tensor]:
@@ -163,7 +167,7 @@ def main(world: int, folder: Path) -> None:
 
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=world)
     for values in json.loads((folder / "cases.json").read_text()):
-        case = Case(**{**values, "model": tuple((key, value) for key, value in values["model"])})
+        case = Case(**values)
         config = ParallelConfig(expert=case.expert, gradients=case.gradients, bucket_mb=0.02, zero=case.zero)  # type: ignore[arg-type]
         processes = Together(config, case.seed, torch.device("cpu"))
         save_file(

@@ -11,6 +11,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # makes as large as any other.
 NOISE = "model.layers.0.hc_attn_"
 
+# FP8 rounds in groups of 128 tokens of a row or of an expert, so rows are that long, and experts get the rows of all
+# processes in the order in which one process has them. Sizes: groups of 32 and 128 numbers that are not full.
+LOW = {"hidden_size": 40, "index_head_dim": 8, "qk_rope_head_dim": 4}
+HASHED = {"num_hash_layers": 2, "num_hidden_layers": 2, "layer_types": (), "compress_ratios": (4, 8, 0)}
+
 CASES = {
     2: [
         Case("plain"),
@@ -18,8 +23,24 @@ CASES = {
         Case("starved", expert=2, seed=2, starved=True),
         Case("clipped", expert=2, seed=3, clip=0.1),
         Case("accumulated", expert=2, seed=4, rows=6),
-    ]
+        Case("dense", expert=2, seed=5, attention="dense"),
+        Case("warmup", seed=6, attention="indexer_warmup"),
+        Case("replayed", expert=2, seed=7, recompute="full"),
+        Case("selective", expert=2, seed=8, recompute="selective"),
+        Case("adamw", expert=2, seed=9, matrices="adamw"),
+        Case("fp4", expert=2, seed=10, rows=2, length=128, compute="fp4_qat", model=LOW, after=5e-3),
+        Case("hashed", expert=2, seed=11, model=HASHED),
+        Case("bf16", expert=2, seed=17, gradients="bf16", first=2**-6, after=0.05),  # two roundings of up to 2^-7
+    ],
+    4: [
+        Case("plain", seed=12),
+        Case("pairs", expert=2, seed=13, clip=0.3),
+        Case("fours", expert=4, seed=14, rows=8),
+        Case("starved", expert=4, seed=15, starved=True),
+        Case("adamw", expert=2, seed=16, matrices="adamw"),
+    ],
 }
+EACH = [(world, case) for world, cases in CASES.items() for case in cases]
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +52,13 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, 
     }
 
 
-@pytest.mark.parametrize(
-    ("world", "case"), [(w, c) for w, cases in CASES.items() for c in cases], ids=lambda v: getattr(v, "name", v)
-)
+@pytest.mark.parametrize(("world", "case"), EACH, ids=lambda value: getattr(value, "name", value))
 def test_equals_one_process(world: int, case: Case, found: dict[str, list[dict[str, Tensor]]]) -> None:
+    """Losses, loads and router biases, gradients of the first step where their owners have them, weights after two.
+
+    Sums in another order differ by 1e-7 of their largest part. Weights differ by more: an update has one size however
+    small a gradient is, so that what is rounding in small gradients shows in it (Muon's more than AdamW's).
+    """
     wanted, ranks = alone(case, world), found[f"{world}-{case.name}"]
     whole = float(wanted["norms"][0])
     wrong = {}
@@ -44,10 +68,12 @@ def test_equals_one_process(world: int, case: Case, found: dict[str, list[dict[s
         assert all(torch.equal(other, have[0]) for other in have[1:]), name
         error = float((have[0].double() - tensor.double()).norm())
         size = float(tensor.double().norm())
+        limit = case.after
         if name.startswith("gradient."):
             assert len(have) == 1, name  # one owner
-            error = max(0.0, error - 1e-7 * whole)
-        limit = 1e-4 if (name.startswith("model.") and case.matrices == "muon") or name == "update_rms" else 1e-5
+            error, limit = max(0.0, error - 1e-7 * whole), case.first
+        elif name.startswith("model.") or name == "update_rms":
+            limit *= 30 if case.matrices == "muon" else 3
         if error > limit * size and not name.startswith(NOISE):
             wrong[name] = error / size
     assert not wrong, dict(list(wrong.items())[:6])

@@ -133,8 +133,7 @@ def train(config: TrainConfig) -> Path:
         schedule = make_schedule(config, data)
         loader = data.loader(config.seed, config.data.workers)
 
-        model = build_model(config, device)
-        processes.spread(model)
+        model = build_model(config, device, processes)
         optimizers = processes.optimizers(model, config.optim)
         base = weights_fingerprint(Path(config.pretrained)) if config.pretrained else ""
         state = TrainState(data=loader.state_dict(), fingerprint=data.fingerprint, base=base)
@@ -272,11 +271,14 @@ def filled(batch: Batch, rows: int, pad: int) -> Batch:
     return Batch(grown(batch.tokens, pad), grown(batch.segments, -1), (*batch.pieces, *((),) * missing), trained)
 
 
-def build_model(config: TrainConfig, device: torch.device) -> Transformer:
-    """The model before its first step: random, or pretrained, with fresh adapters where the config asks for LoRA."""
+def build_model(config: TrainConfig, device: torch.device, processes: Alone = ALONE) -> Transformer:
+    """The model before its first step: random, or pretrained, with fresh adapters where the config asks for LoRA. Of
+    many processes each makes or reads its own experts alone."""
     if config.pretrained is None:
-        model = Transformer(config.model, recompute=config.recompute)
-        init_weights(model, config.seed)
+        with torch.device("meta"):
+            model = Transformer(config.model, recompute=config.recompute)
+        processes.spread(model)
+        init_weights(model.to_empty(device="cpu"), config.seed)
         apply_precision(model.to(device), config.precision)
         return model
     base = config.precision.base

@@ -73,6 +73,10 @@ class Alone:
         """Whether ``mark`` is true in any process."""
         return bool(mark)
 
+    def agree(self, text: str) -> str:
+        """The first text that is not empty, of those that the processes give, in the order of their ranks."""
+        return text
+
     def first_does(self, function: Callable[[], T]) -> T | None:
         """What ``function`` returns in the first process; the others wait for it, and get None.
 
@@ -161,6 +165,18 @@ class Together(Alone):
         dist.all_reduce(marked, dist.ReduceOp.MAX, group=self._control)
         return bool(marked)
 
+    def agree(self, text: str) -> str:
+        if not self.any(text):
+            return ""
+        data = torch.tensor(list(text.encode()), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.long) for _ in range(self.world)]
+        dist.all_gather(sizes, torch.tensor([len(data)]), group=self._control)
+        longest = int(torch.cat(sizes).max())
+        texts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.world)]
+        dist.all_gather(texts, F.pad(data, (0, longest - len(data))), group=self._control)
+        found = (bytes(t[: int(size)].tolist()).decode() for t, size in zip(texts, sizes, strict=True))
+        return next(text for text in found if text)
+
     def first_does(self, function: Callable[[], T]) -> T | None:
         result, error = None, None
         if self.first:
@@ -215,6 +231,10 @@ class Together(Alone):
     def optimizers(self, model: Transformer, config: OptimConfig) -> Optimizers:
         """Optimizers of what this process owns."""
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if self.expert > 1:
+            for name, parameter in trained.items():
+                if ".experts." in name:  # how DeepSpeed tells an expert's parameter
+                    parameter.allreduce, parameter.group_name = False, f"ep_size_{self.expert}"  # type: ignore[attr-defined]
         splits = model.row_splits()
         items = [item_of(name, p, splits, config) for name, p in trained.items()]
         self.ownership = assign(items, self.world, self.expert)
@@ -365,7 +385,6 @@ def _keep(experts: Experts, place: int, expert: int) -> None:
     experts.first = place * count
     for name, parameter in list(experts.named_parameters()):
         kept = Parameter(parameter.detach()[experts.first : experts.first + count].clone(), parameter.requires_grad)
-        kept.allreduce, kept.group_name = False, f"ep_size_{expert}"  # type: ignore[attr-defined]
         owner, _, leaf = name.rpartition(".")
         experts.get_submodule(owner).register_parameter(leaf, kept)
     for name, buffer in list(experts.named_buffers()):
