@@ -26,7 +26,8 @@ from ..model.tensor_files import write_json
 from ..model.transformer import Transformer
 from ..optim.groups import Optimizers, build_optimizers, clip_by_global_norm
 from ..optim.schedule import Plan, Schedule
-from .checkpoint import TrainState, latest_checkpoint, load_checkpoint, make_latest, remove_leftovers, save_checkpoint
+from .checkpoint import TrainState, latest_checkpoint, load_checkpoint, make_latest, remove_leftovers
+from .checkpoint_writer import save_checkpoint, whole_snapshot
 from .config import CheckpointError, ConfigError, PrecisionConfig, TrainConfig, from_yaml, leaves, to_yaml
 from .dataset import Dataset, open_dataset
 from .environment import code_version, write_environment
@@ -183,9 +184,8 @@ def train(config: TrainConfig) -> Path:
                 state.data = loader.state_dict()
                 with meter.aside("checkpoint"):
                     adapter = (config.lora, str(Path(config.pretrained or "").resolve())) if config.lora else None
-                    saved = save_checkpoint(
-                        run / "checkpoints", model, optimizers, state, config.checkpoint.keep, adapter
-                    )
+                    snapshot = whole_snapshot(model, optimizers, state, adapter)
+                    saved = save_checkpoint(run / "checkpoints", snapshot, config.checkpoint.keep)
                 events.write(state.step, "checkpoint", saved.name)
         if meter.steps == 0 and (state.step > schedule.total_steps or concluded(run, state)):
             terminal.console.print(f"{run}: this run is complete at step {state.step}; raise steps= to go on")
