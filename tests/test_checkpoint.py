@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
 import torch
+from checkpoint_cases import killer
 from model_cases import random_config, random_model
 from run_cases import contents, optimizers_of, rows, tiny_config, trained
 from safetensors import SafetensorError
@@ -464,23 +464,3 @@ def save_killed_at_lines(folder: Path, stride: int) -> None:
             assert newest.name == "step_3"
             print(line - 1, ",".join(sorted(resumed_at)))
             return
-
-
-def killer(line: int) -> Callable[..., Any]:
-    """A trace function that ends the process at the n-th line of the functions that touch files."""
-    passed = 0
-    functions = {"save", "wait", "_open", "_run", "_write_part", "_write_stem", "_collect", "_publish", "make_latest"}
-    functions |= {"write_tensors", "write_json", "sync", "file_checksum", "write_text", "rename", "mkdir"}
-    functions |= {"rmtree", "_rmtree_safe_fd", "_rmtree_safe_fd_step"}
-
-    def trace(frame: FrameType, event: str, argument: object) -> Callable[..., Any] | None:
-        nonlocal passed
-        if frame.f_code.co_name not in functions:
-            return None
-        if event == "line":
-            passed += 1
-            if passed == line:
-                os._exit(9)
-        return trace
-
-    return trace
