@@ -48,8 +48,20 @@ def deal(snapshot: Snapshot, rank: int, world: int) -> Snapshot:
 
 
 # The functions that a save consists of.
-SAVING = {"save", "wait", "_open", "_run", "_write_part", "_write_stem", "_collect", "_publish", "_abandon", "_merged"}
-SAVING |= {"make_latest", "write_tensors", "write_json", "write_index", "sync", "file_checksum", "write_text", "rename"}
+SAVING = {"save", "wait", "_open", "_write", "_failing", "_write_part", "_write_stem", "_publish", "_collect"}
+SAVING |= {
+    "_assemble",
+    "_merged",
+    "_abandon",
+    "make_latest",
+    "write_tensors",
+    "write_json",
+    "write_index",
+    "sync",
+    "file_checksum",
+    "write_text",
+    "rename",
+}
 SAVING |= {"mkdir", "rmtree", "_rmtree_safe_fd", "_rmtree_safe_fd_step"}
 
 

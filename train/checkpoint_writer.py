@@ -12,8 +12,8 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Container, Mapping
-from contextlib import suppress
+from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -88,8 +88,7 @@ class CheckpointWriter:
         processes: who writes; all of them call ``save`` and ``wait``, in the same order.
         asynchronous: ``save`` copies the tensors and returns; a thread writes them. One copy of what this process owns
             stays allocated, in the CPU's memory.
-        alive: asked by rank 0 while it waits for the others' parts; False gives up.
-        timeout: seconds that it waits for them at most.
+        timeout: seconds that rank 0 waits for the others' parts at most.
     """
 
     def __init__(
@@ -98,16 +97,17 @@ class CheckpointWriter:
         keep: int,
         processes: Processes = ALONE,
         asynchronous: bool = False,
-        alive: Callable[[], bool] = lambda: True,
         timeout: float = 1800.0,
     ) -> None:
         self.checkpoints, self.keep, self.processes = checkpoints, keep, processes
-        self.asynchronous, self.alive, self.timeout = asynchronous, alive, timeout
+        self.asynchronous, self.timeout = asynchronous, timeout
         self._buffers = _Buffers()
+        self._work: _Work | None = None  # under way
         self._thread: threading.Thread | None = None
+        self._part_done = threading.Event()
+        self._deadline = 0.0  # when rank 0 gives up waiting for parts
         self._error: CheckpointError | None = None
-        self._ending = threading.Event()  # this process ends by an error
-        self._written: list[Path] = []
+        self._published: list[Path] = []
 
     def save(self, snapshot: Snapshot) -> float:
         """Writes ``step_N``, or begins to; waits for the save before, if that is still under way.
@@ -131,12 +131,14 @@ class CheckpointWriter:
         values = json.loads(json.dumps(snapshot.state.state_dict()))
         if self.asynchronous:
             weights, optimizer = self._buffers.copy(weights, optimizer)
-        work = _Work(folder, weights, optimizer, values, snapshot.config, snapshot.adapter)
+        self._work = work = _Work(folder, weights, optimizer, values, snapshot.config, snapshot.adapter)
+        self._part_done.clear()
+        self._deadline = time.monotonic() + self.timeout
         if self.asynchronous:
             self._thread = threading.Thread(target=self._run, args=(work,), name="checkpoint", daemon=True)
             self._thread.start()
         else:
-            self._run(work)
+            self._write(work)
             self.wait()
         return time.perf_counter() - start
 
@@ -146,17 +148,28 @@ class CheckpointWriter:
         Raises:
             CheckpointError: it failed in one of them; said once.
         """
-        if self._thread is not None:
-            self._thread.join()
-        self._thread, error, self._error = None, self._error, None
+        if self._work is None:
+            return
+        # Met first with the part alone: what has died shows where all meet, not by a part that never comes.
+        self._part_done.wait()
+        try:
+            with self.processes.together():
+                if self._error is not None:
+                    raise self._error
+            if self._thread is None:
+                self._publish(self._work)
+        except BaseException as stopped:
+            self._end(stopped)
+            raise
+        error = self._finish()
         with self.processes.together():
             if error is not None:
                 raise error
 
     def published(self) -> list[Path]:
         """The checkpoints that rank 0 has published since this was asked last; none on other ranks."""
-        written, self._written = self._written, []
-        return written
+        published, self._published = self._published, []
+        return published
 
     def __enter__(self) -> Self:
         return self
@@ -164,26 +177,60 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Finishes the save under way. After an error the processes no longer agree: it is finished if the others do
-        their part soon, and what stops it is noted on the error."""
+        """Finishes the save under way; after an error, if the others do their part soon (the processes no longer meet,
+        and what stops it is noted on the error)."""
         if error is None:
             self.wait()
-        elif self._thread is not None:
-            self._ending.set()
-            self._thread.join()
-            if self._error is not None:
-                error.add_note(str(self._error))
+        else:
+            self._end(error)
 
-    # In the thread.
+    def _end(self, stopped: BaseException) -> None:
+        """The save under way ends with an error: its own, of any process, or one that keeps this process from more."""
+        if self._work is None:
+            return
+        temporary, own = _temporary(self._work.folder), isinstance(stopped, CheckpointError)
+        self._deadline = min(self._deadline, time.monotonic() + (0.0 if own else _GRACE))
+        alone = self._thread is None
+        failure = self._finish()
+        if failure is not None and not own:
+            stopped.add_note(str(failure))
+        if own or alone:
+            _abandon(temporary, self.processes.rank, str(stopped))
+
+    def _finish(self) -> CheckpointError | None:
+        """The end of the save under way, and its error."""
+        if self._thread is not None:
+            self._thread.join()
+        error, self._thread, self._work, self._error = self._error, None, None, None
+        return error
+
+    # In the thread, if there is one.
 
     def _run(self, work: "_Work") -> None:
-        """Writes this process's part, and on rank 0 publishes; keeps the error for ``wait``."""
-        temporary, rank = _temporary(work.folder), self.processes.rank
+        self._write(work)
+        if self._error is None:
+            self._publish(work)
+
+    def _write(self, work: "_Work") -> None:
+        """This process's part; its error is kept."""
+        try:
+            with self._failing(work):
+                _write_part(_temporary(work.folder), work, self.processes)
+        finally:
+            self._part_done.set()
+
+    def _publish(self, work: "_Work") -> None:
+        """On rank 0, the rest, once all parts are there; its error is kept."""
+        if self.processes.rank == 0:
+            with self._failing(work):
+                self._assemble(_temporary(work.folder), work, self._collect(_temporary(work.folder)))
+
+    @contextmanager
+    def _failing(self, work: "_Work") -> Iterator[None]:
+        """Keeps an error for ``wait``, and takes away what was written."""
         failed, done = f"checkpoint of step {work.state['step']} not written: ", False
         try:
-            _write_part(temporary, work, self.processes)
-            if rank == 0:
-                self._publish(temporary, work)
+            yield
             done = True
         except CheckpointError as error:
             self._error = error
@@ -194,10 +241,9 @@ class CheckpointWriter:
             self._error.__cause__ = error
         finally:
             if not done:
-                _abandon(temporary, rank, str(self._error))
+                _abandon(_temporary(work.folder), self.processes.rank, str(self._error))
 
-    def _publish(self, temporary: Path, work: "_Work") -> None:
-        parts = self._collect(temporary)
+    def _assemble(self, temporary: Path, work: "_Work", parts: list[dict[str, Any]]) -> None:
         files = {name: entry for part in parts for name, entry in part["files"].items()}
         places = {stem: _merged(temporary, stem, parts) for stem in ("model", "optimizer")}
         if work.adapter is None:
@@ -217,7 +263,7 @@ class CheckpointWriter:
         if work.folder.exists():  # damaged, or of a run that went back and passes this step again
             shutil.rmtree(work.folder.rename(self.checkpoints / f".{work.folder.name}-old"))
         temporary.rename(work.folder)
-        self._written.append(work.folder)
+        self._published.append(work.folder)
         try:
             sync(self.checkpoints)
             make_latest(work.folder, self.keep)
@@ -235,11 +281,10 @@ class CheckpointWriter:
             missing = [rank for rank in range(world) if _part(temporary, rank).name not in names]
             if not missing:
                 return [json.loads(_part(temporary, rank).read_text()) for rank in range(world)]
-            waited = time.monotonic() - begun
-            if not self.alive() or waited > (_GRACE if self._ending.is_set() else self.timeout):
+            if time.monotonic() > self._deadline:
                 raise CheckpointError(
                     f"{temporary}: no part from rank {missing[0]} ({len(missing)} of {world} missing) after "
-                    f"{waited:.0f} s; look at that process's output, then resume"
+                    f"{time.monotonic() - begun:.0f} s; look at that process's output, then resume"
                 )
             time.sleep(pause)
             pause = min(2 * pause, 0.5)
