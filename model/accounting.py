@@ -10,7 +10,7 @@ W window, V vocabulary.
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from .config import AttentionKind, AttentionMode, LoRAConfig, ModelConfig, Recompute
@@ -404,7 +404,8 @@ def checkpoint_bytes(
     """Bytes of the tensors of a training checkpoint: weights in float32 and the optimizers' state; of a LoRA run, both
     of the adapters alone. What the optimizers hold for a tensor is ``optimizer_bytes``."""
     shapes = tensor_shapes(config) if lora is None else adapter_shapes(config, lora)
-    return sum(tensor_bytes(s, "fp32") + optimizer_bytes(s, matrices) for s in shapes)
+    # Expert by expert: AdamW's step of a stack is there once for each.
+    return sum(tensor_bytes(s, "fp32") + s.copies * optimizer_bytes(replace(s, copies=1), matrices) for s in shapes)
 
 
 def optimizer_bytes(s: Shape, matrices: Literal["muon", "adamw"] = "muon") -> int:

@@ -32,6 +32,7 @@ from .config import PEFT_PARAMETERS, LoRAConfig, ModelConfig, WeightsError
 from .init import generator_of
 from .layers import GroupedLinear, Linear
 from .moe import Experts
+from .released import first_expert
 from .tensor_files import listed, new_folder, open_tensors, write_json, write_tensors
 from .transformer import Transformer
 
@@ -191,16 +192,17 @@ class _Site(NamedTuple):
                 yield f"{self.owner}.{expert}.{matrix}.weight", LowRank(a, rows, low.scale)
 
 
-def _sites(model: Transformer) -> Iterator[_Site]:
-    """All matrices of the model that can carry adapters."""
+def _sites(model: Transformer, experts: int | None = None) -> Iterator[_Site]:
+    """All matrices of the model that can carry adapters; with so many ``experts`` a layer, or as many as it holds."""
     for layer, block in enumerate(model.layers):
         shapes: dict[str, tuple[int, ...]] = {}
         for name, module in block.named_modules():
             if isinstance(module, Linear):
                 shapes[name] = (module.out_features, module.in_features)
             elif isinstance(module, Experts):
-                (experts, inner), hidden = module.w1.shape[:2], module.w2.shape[1]  # packed codes are narrower
-                shapes |= {f"{name}.gate_up": (experts, 2 * inner, hidden), f"{name}.down": (experts, hidden, inner)}
+                (held, inner), hidden = module.w1.shape[:2], module.w2.shape[1]  # packed codes are narrower
+                stack = held if experts is None else experts
+                shapes |= {f"{name}.gate_up": (stack, 2 * inner, hidden), f"{name}.down": (stack, hidden, inner)}
         for part, matrices in _MATRICES.items():
             for ours, theirs in matrices.items():
                 if ours in shapes:  # not every layer has a compressor or an indexer
@@ -288,15 +290,24 @@ def save_adapter(model: Transformer, config: LoRAConfig, folder: str | Path, bas
     Raises:
         WeightsError: there are no adapters, the folder is in use, or the disk refused.
     """
-    with new_folder(Path(folder)) as temporary:
-        write_adapter(model, config, temporary, base)
-
-
-def write_adapter(model: Transformer, config: LoRAConfig, folder: Path, base: str = "") -> None:
-    """``save_adapter`` into an existing folder."""
-    adapters = _adapters(model)
-    if not adapters:
+    settings, tensors = peft_files(model, config, base)
+    if not tensors:
         raise WeightsError(f"{folder}: the model has no adapters to save; add_lora or load_adapter puts them in place")
+    with new_folder(Path(folder)) as temporary:
+        write_tensors(temporary / WEIGHTS_FILE, tensors)
+        write_json(temporary / CONFIG_FILE, settings)
+
+
+def peft_files(
+    model: Transformer, config: LoRAConfig, base: str = "", values: Mapping[str, Tensor] | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What PEFT's two files are to hold: its config, and its tensors by its names, float32.
+
+    Args:
+        model, config, base: as in ``save_adapter``.
+        values: the adapters by name (``lora_parameters``), those of all experts stacked; None takes the model's own.
+    """
+    adapters = _adapters(model)
     ranks = {site.target: (adapter.A.shape[-2], adapter.scale) for site, adapter in adapters.items()}
     # None differs, unless an adapter of PEFT's that was loaded brought other ranks.
     other = {re.escape(name): pair for name, pair in ranks.items() if pair != (config.rank, config.scale)}
@@ -322,11 +333,13 @@ def write_adapter(model: Transformer, config: LoRAConfig, folder: Path, base: st
     }
     tensors: dict[str, Tensor] = {}
     for site, adapter in adapters.items():
-        pair = site.to_peft(adapter.low_rank())
+        low = adapter.low_rank()
+        if values is not None:
+            low = low._replace(a=values[f"{site.lora}.A"], b=values[f"{site.lora}.B"])
+        pair = site.to_peft(low)
         names = site.peft_shapes(adapter.A.shape[-2])
         tensors |= {name: t.detach().float() for name, t in zip(names, pair, strict=True)}
-    write_tensors(folder / WEIGHTS_FILE, tensors)
-    write_json(folder / CONFIG_FILE, settings)
+    return settings, tensors
 
 
 def load_adapter(model: Transformer, folder: str | Path) -> LoRAConfig:
@@ -346,16 +359,27 @@ def load_adapter(model: Transformer, folder: str | Path) -> LoRAConfig:
 
 
 def fill_adapter(model: Transformer, folder: str | Path) -> None:
-    """Copies the adapters of a folder into those that the model has.
+    """Copies the adapters of a folder into those that the model has; of a part of the experts, that part.
 
     Raises:
         WeightsError: as ``load_adapter``, or the model has adapters in other places.
     """
-    _, found = _read(Path(folder), list(_sites(model)))
-    adapters = _adapters(model)
-    if found.keys() != adapters.keys() or any(found[site].a.shape != a.A.shape for site, a in adapters.items()):
+    _, read = _read(Path(folder), list(_sites(model, model.config.n_routed_experts)))
+    whole, adapters = {site.name: low for site, low in read.items()}, _adapters(model)
+    same = whole.keys() == {site.name for site in adapters}
+    found = {site: _held(model, site, whole[site.name]) for site in adapters} if same else {}
+    if not same or any(found[site].a.shape != a.A.shape for site, a in adapters.items()):
         raise WeightsError(f"{folder}: these adapters have other targets or ranks than the model's")
     _copy(found, adapters)
+
+
+def _held(model: Transformer, site: _Site, low: LowRank) -> LowRank:
+    """Of adapters of all experts, those of the experts that the model holds."""
+    if site.part != "experts":
+        return low
+    first = first_expert(model.get_submodule(site.owner))
+    held = slice(first, first + site.shape[0])
+    return low._replace(a=low.a[held], b=low.b[held])
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping
 from math import prod
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -30,18 +30,19 @@ from .moe import Experts
 from .shapes import Format
 from .tensor_files import (
     DTYPES,
-    INDEX,
     Entry,
     TensorFolder,
     listed,
     new_folder,
     weight_files,
+    write_index,
     write_json,
     write_tensors,
 )
 from .transformer import Transformer
 
 FORMATS: tuple[Format, ...] = get_args(Format)
+Key = TypeVar("Key")
 Progress = Callable[[int, int], None]  # bytes read or written so far, and in all
 
 _FLOATS, _INTEGERS = ("F32", "BF16", "F16"), ("I64", "I32")
@@ -91,7 +92,8 @@ Observer = Callable[[str, Tensor, Mapping[str, Tensor]], None]
 def released_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
     """Released name and tensor of everything in the model, experts one by one (as views), buffers included.
 
-    Adapters are not part of a release. Of a model whose base is held quantised, codes and scales as they are.
+    Adapters are not part of a release. Of a model whose base is held quantised, codes and scales as they are. Of one
+    that holds a part of the experts, that part, under their global numbers.
     """
     for name, tensor in model.state_dict().items():
         prefix, stacked, matrix = name.rpartition(".experts.")
@@ -99,11 +101,22 @@ def released_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
             continue
         if stacked:
             matrix, scale, _ = matrix.partition("_scale")
-            first: int = model.get_submodule(f"{prefix}.experts").first  # type: ignore[assignment]
-            for expert, weight in enumerate(tensor, first):
+            for expert, weight in enumerate(tensor, first_expert(model.get_submodule(f"{prefix}.experts"))):
                 yield f"{prefix}.experts.{expert}.{matrix}.{'scale' if scale else 'weight'}", weight
         else:
             yield name, tensor
+
+
+def first_expert(experts: torch.nn.Module) -> int:
+    """Global number of the first expert that is held; 0 where all are."""
+    return int(getattr(experts, "first", 0))
+
+
+def checkpoint_tensors(model: Transformer) -> dict[str, Tensor]:
+    """What a checkpoint holds of the model (or of this part of it), by name: ``released_tensors`` without gradients,
+    and clones where the release that it was loaded from repeats a matrix under further names."""
+    tensors = {name: tensor.detach() for name, tensor in released_tensors(model)}
+    return tensors | {name: tensors[source].clone() for name, source in model.origin.copies.items()}
 
 
 def scale_name(name: str) -> str:
@@ -209,7 +222,7 @@ def write_release(
         for name, source in named.items()
     }
     total, done = sum(sizes.values()), 0
-    shards = _shards(sizes, max_shard_bytes)
+    shards = split_by_size(sizes, max_shard_bytes)
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
@@ -229,8 +242,13 @@ def write_release(
         write_tensors(folder / file, stored)
         weight_map |= dict.fromkeys(stored, file)
     if len(shards) > 1:
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    write_json(folder / "config.json", config.to_json() | _format_keys(format))
+        write_index(folder, "model", weight_map, total)
+    write_json(folder / "config.json", config_json(config, format))
+
+
+def config_json(config: ModelConfig, format: Format) -> dict[str, Any]:
+    """What ``config.json`` says beside weights of a format."""
+    return config.to_json() | _format_keys(format)
 
 
 def encode(name: str, value: Tensor, format: Format, scale: Tensor | None = None) -> dict[str, Tensor]:
@@ -363,13 +381,17 @@ class Release:
             return "fp4+fp8" if "I8" in kinds else "fp8"
         return "fp32" if self.entries.get("embed.weight", Entry(self.folder, "", (), "")).dtype == "F32" else "bf16"
 
-    def check(self, wanted: Mapping[str, Tensor]) -> None:
+    def check(self, wanted: Mapping[str, Tensor], elsewhere: Container[str] = ()) -> None:
         """Compares names, shapes and types, from the headers alone, with the tensors of a model.
+
+        Args:
+            elsewhere: names that may be there besides, since other processes hold them.
 
         Raises:
             WeightsError: what is missing, unexpected or misshapen, all of it.
         """
         problems = self.problems(wanted)
+        problems["unexpected"] = [name for name in problems["unexpected"] if name not in elsewhere]
         if any(problems.values()):
             raise WeightsError(f"{self.folder}: these weights do not fit its config.json ({listed(problems)})")
 
@@ -475,11 +497,14 @@ def load_pretrained(
     return model
 
 
-def fill_weights(model: Transformer, folder: Path) -> None:
-    """Copies the tensors of ``folder`` into ``model``, whose dtypes and device stay; strict, as ``load_pretrained``."""
+def fill_weights(model: Transformer, folder: Path, progress: Progress | None = None) -> None:
+    """Copies the tensors of ``folder`` into ``model``, whose dtypes and device stay; strict, as ``load_pretrained``.
+
+    A model that holds a part of the experts takes that part.
+    """
     release = Release(folder)
-    release.check(dict(released_tensors(model)))
-    _fill(model, release, None, None)
+    release.check(dict(released_tensors(model)), _elsewhere(model))
+    _fill(model, release, None, progress)
 
 
 def check_weights(model: Transformer, folder: Path) -> None:
@@ -527,6 +552,18 @@ def _fill(model: Transformer, release: Release, owned: Callable[[str], bool] | N
             if progress is not None:
                 progress(done, total)
     release.tensors.close()
+
+
+def _elsewhere(model: Transformer) -> set[str]:
+    """Released names of the experts, and their scales, that a model which holds a part of them does not hold."""
+    names: set[str] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, Experts):
+            first = first_expert(module)
+            others = set(range(model.config.n_routed_experts)) - set(range(first, first + len(module.w1)))
+            parts = [f"{matrix}.{part}" for matrix in ("w1", "w2", "w3") for part in ("weight", "scale")]
+            names |= {f"{name}.{expert}.{part}" for expert in others for part in parts}
+    return names
 
 
 def _keep_quantized(model: Transformer, release: Release) -> None:
@@ -612,8 +649,9 @@ def stored_bytes(name: str, shape: tuple[int, ...], dtype: torch.dtype, format: 
     return scales + (elements // 2 if kind == "fp4" else elements)
 
 
-def _shards(sizes: Mapping[str, int], most: int) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
+def split_by_size(sizes: Mapping[Key, int], most: int) -> list[list[Key]]:
+    """The names in lots of at most so many bytes, in their order; what is larger has a lot of its own."""
+    shards: list[list[Key]] = [[]]
     room = most
     for name, size in sizes.items():
         if size > room and shards[-1]:

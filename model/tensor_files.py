@@ -111,13 +111,31 @@ def weight_files(folder: Path) -> list[Path]:
         if not single.exists():
             raise WeightsError(f"{folder}: neither model.safetensors nor {INDEX}; name a folder of released weights")
         return [single]
-    names = sorted(set(_weight_map(index).values()), key=str)
+    names = sorted(set(_weight_map(index).values()))
     for name in names:
-        if not isinstance(name, str) or name != Path(name).name or name.startswith("."):
-            raise WeightsError(f"{index}: weight_map entry {name!r} leaves the folder; refused")
         if not (folder / name).is_file():
             raise WeightsError(f"{folder / name}: named by the index but missing; copy the file again")
     return [folder / name for name in names]
+
+
+def locate_tensors(folder: Path, stem: str) -> dict[str, Path]:
+    """Where each tensor of ``<stem>*.safetensors`` lies: by the index if there is one, else by the file's header."""
+    index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
+    if index.exists():
+        return {name: folder / file for name, file in _weight_map(index).items()}
+    with open_tensors(single) as file:
+        return dict.fromkeys(file.keys(), single)
+
+
+def read_tensors(places: Mapping[str, Path]) -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor, a view of the mapped file, of ``locate_tensors`` or a part of it, file by file."""
+    names: dict[Path, list[str]] = {}
+    for name, path in places.items():
+        names.setdefault(path, []).append(name)
+    for path in names:
+        with open_tensors(path) as file:
+            for name in names[path]:
+                yield name, file.get_tensor(name)
 
 
 def listed(problems: Mapping[str, list[str]], most: int = 4) -> str:
@@ -147,6 +165,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     except SafetensorError as error:
         raise OSError(str(error)) from None
     sync(path)
+
+
+def write_index(folder: Path, stem: str, weight_map: Mapping[str, str], total: int) -> Path:
+    """The index of tensors that lie in several files: which file has which, and the bytes of all."""
+    path = folder / f"{stem}.safetensors.index.json"
+    write_json(path, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return path
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
@@ -186,13 +211,16 @@ def new_folder(folder: Path) -> Iterator[Path]:
                 shutil.rmtree(temporary)
 
 
-def _weight_map(index: Path) -> dict[str, Any]:
+def _weight_map(index: Path) -> dict[str, str]:
     try:
-        weight_map: dict[str, Any] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         if not set(weight_map.values()):
             raise ValueError("it names no tensor")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise WeightsError(f"{index}: not a safetensors index ({error!r})") from None
+    for name in sorted(set(weight_map.values()), key=str):
+        if not isinstance(name, str) or name != Path(name).name or name.startswith("."):
+            raise WeightsError(f"{index}: weight_map entry {name!r} leaves the folder; refused")
     return weight_map
 
 

@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from openv4.data.loader import Batch
-from openv4.model import Transformer
 from openv4.model.released import released_tensors
 from openv4.optim.config import AdamWConfig, OptimConfig
+from openv4.train.checkpoint import split_experts
 from openv4.train.config import ParallelConfig, PrecisionConfig
 from openv4.train.loop import StepReport, training_step
 from openv4.train.parallel import ALONE, Alone, Together
@@ -86,10 +86,10 @@ def run(case: Case, processes: Alone, together: int = 1) -> dict[str, Tensor]:
 
     def step_and_keep(lr: float, found_inf: Tensor) -> None:
         """Keeps the gradients of the first step, clipped, as they are at their owners."""
-        for name, parameter in optimizers.parameters.items():
-            if parameter.grad is not None:
-                for expert, gradient in _by_expert(model, processes, name, parameter.grad):
-                    gradients.setdefault(f"gradient.{expert}", gradient.clone())
+        held = {name: numbers for name, numbers in processes.held(model, optimizers).items() if numbers is not None}
+        found = {name: p.grad for name, p in optimizers.parameters.items() if p.grad is not None}
+        for name, gradient in split_experts(found, held).items():
+            gradients.setdefault(f"gradient.{name}", gradient.clone())
         update(lr, found_inf)
 
     optimizers.step = step_and_keep  # type: ignore[method-assign]
@@ -115,17 +115,6 @@ def run(case: Case, processes: Alone, together: int = 1) -> dict[str, Tensor]:
     }
     result |= gradients
     return result | {f"model.{name}": tensor.detach().clone() for name, tensor in released_tensors(model)}
-
-
-def _by_expert(model: Transformer, processes: Alone, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """A tensor that belongs to a parameter, or each expert's of a stack, by its global number."""
-    owner, routed, matrix = name.rpartition(".experts.")
-    if not routed:
-        yield name, tensor
-        return
-    first: int = model.get_submodule(f"{owner}.experts").first  # type: ignore[assignment]
-    for expert, each in enumerate(tensor, first + processes.first_of(name)):
-        yield f"{owner}.experts.{expert}.{matrix}.weight", each
 
 
 def alone(case: Case, together: int) -> dict[str, Tensor]:

@@ -40,7 +40,8 @@ from openv4.model.released import FORMATS, Format, stored_bytes
 from openv4.model.shapes import adapter_shapes, tensor_shapes
 from openv4.optim.config import OptimConfig
 from openv4.optim.groups import build_optimizers
-from openv4.train.checkpoint import TrainState, save_checkpoint
+from openv4.train.checkpoint import TrainState
+from openv4.train.checkpoint_writer import save_checkpoint, whole_snapshot
 from openv4.train.config import load_config
 
 
@@ -115,7 +116,8 @@ def test_checkpoint_bytes_are_those_of_a_checkpoint(
     for _, parameter in named:
         parameter.grad = torch.ones_like(parameter)
     optimizers.step(1e-3, torch.zeros(()))
-    folder = save_checkpoint(tmp_path, model, optimizers, TrainState(step=1), 1, None if lora is None else (lora, ""))
+    snapshot = whole_snapshot(model, optimizers, TrainState(step=1), None if lora is None else (lora, ""))
+    folder = save_checkpoint(tmp_path, snapshot, keep=1)
     stored = [item for file in folder.glob("*.safetensors") for item in load_file(file).items()]
     expected = sum(t.numel() * t.element_size() for name, t in stored if not name.startswith("rng."))
     assert checkpoint_bytes(config, matrices, lora) == expected

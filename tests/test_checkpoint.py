@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
 import torch
+from checkpoint_cases import killer
 from model_cases import random_config, random_model
 from run_cases import contents, optimizers_of, rows, tiny_config, trained
 from safetensors import SafetensorError
@@ -35,9 +35,9 @@ from openv4.train.checkpoint import (
     load_model,
     make_latest,
     remove_leftovers,
-    save_checkpoint,
     verify,
 )
+from openv4.train.checkpoint_writer import save_checkpoint, whole_snapshot
 from openv4.train.config import CheckpointError, TrainConfig
 from openv4.train.loop import train
 
@@ -50,7 +50,7 @@ FILES = ["config.json", "manifest.json", "model.safetensors", "optimizer.safeten
 def two_checkpoints(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path:
     folder = tmp_path_factory.mktemp("checkpoints")
     for step in (1, 2):
-        save_checkpoint(folder, *trained(0, step), keep=2)
+        save_checkpoint(folder, whole_snapshot(*trained(0, step)), keep=2)
     return folder
 
 
@@ -111,7 +111,7 @@ def test_everything_comes_back(saved: Path) -> None:
     assert (saved / "latest").read_text() == "step_2\n"
     model, optimizers, state = trained(0, 2)
     torch.manual_seed(7)
-    folder = save_checkpoint(saved, model, optimizers, replace(state, step=3, skipped=1), keep=2)
+    folder = save_checkpoint(saved, whole_snapshot(model, optimizers, replace(state, step=3, skipped=1)), keep=2)
     drawn = torch.rand(3)
 
     other = random_model(model.config, 5)
@@ -155,7 +155,8 @@ def test_the_newest_stay(tmp_path: Path) -> None:
     """By number, not by name: 10 is newer than 9."""
     model, optimizers, state = trained(0)
     for step in (8, 9, 10, 11):
-        save_checkpoint(tmp_path, model, optimizers, replace(state, step=step), keep=3 if step < 11 else 2)
+        snapshot = whole_snapshot(model, optimizers, replace(state, step=step))
+        save_checkpoint(tmp_path, snapshot, keep=3 if step < 11 else 2)
         assert latest_checkpoint(tmp_path) == tmp_path / f"step_{step}"
         assert (tmp_path / "latest").read_text() == f"step_{step}\n"
     assert names(tmp_path) == ["latest", "step_10", "step_11"]
@@ -217,8 +218,8 @@ def test_a_flipped_bit_is_found(name: str, saved: Path) -> None:
 
 def test_every_flipped_bit_of_the_manifest_is_found(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = saved / "step_2"
-    sums = {path: checkpoint._checksum(path) for path in folder.iterdir()}
-    monkeypatch.setattr(checkpoint, "_checksum", sums.__getitem__)  # some five thousand times the same files
+    sums = {path: checkpoint.file_checksum(path) for path in folder.iterdir()}
+    monkeypatch.setattr(checkpoint, "file_checksum", sums.__getitem__)  # some five thousand times the same files
     good = (folder / "manifest.json").read_bytes()
     unnoticed = []
     for bit in range(8 * len(good)):
@@ -268,8 +269,10 @@ def test_a_manifest_that_is_none_is_refused(text: str, saved: Path) -> None:
 
 def test_another_format_is_refused(saved: Path) -> None:
     path = saved / "step_2" / "manifest.json"
-    path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
-    with refused("step_2: format 2, this version reads 1; remove "):
+    path.write_text(path.read_text().replace('"format": 2', '"format": 1'))
+    with refused(
+        "step_2: format 1, this version reads 2; go on with the version that wrote it, or choose another output"
+    ):
         verify(saved / "step_2")
 
 
@@ -323,8 +326,10 @@ def full_disk_at(call: int, function: Callable[..., Any], error: Exception = FUL
     return limited
 
 
-@pytest.mark.parametrize("call", range(1, 7))
-@pytest.mark.parametrize("what", ["tensors", "text", "sync"])
+WRITES = {"tensors": 2, "text": 5, "sync": 11}  # so many there are in a save
+
+
+@pytest.mark.parametrize(("what", "call"), [(what, call) for what in WRITES for call in range(1, WRITES[what] + 2)])
 def test_a_full_disk_leaves_what_was_there(what: str, call: int, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever write it stops: no half of a checkpoint, one clear line, and with room again the next save is good."""
     model, optimizers, state = trained(0, 3)
@@ -337,21 +342,22 @@ def test_a_full_disk_leaves_what_was_there(what: str, call: int, saved: Path, mo
             patch.setattr(Path, "write_text", full_disk_at(call, Path.write_text))
         else:
             patch.setattr(os, "fsync", full_disk_at(call, os.fsync))
-        if (what, call) in [("tensors", n) for n in range(3, 7)] + [("text", n) for n in range(5, 7)]:
-            save_checkpoint(saved, model, optimizers, state, keep=2)  # that many writes there are not
+        if call > WRITES[what]:
+            save_checkpoint(saved, whole_snapshot(model, optimizers, state), keep=2)
             return
         with refused("No space left on device", "; free some space"):
-            save_checkpoint(saved, model, optimizers, state, keep=2)
+            save_checkpoint(saved, whole_snapshot(model, optimizers, state), keep=2)
     after = contents(saved)
     published = (saved / "step_3").exists()  # the disk was full for `latest` alone
-    assert published == ((what, call) == ("text", 4))
+    assert published == ((what, call) in [("text", 5), ("sync", 9), ("sync", 10), ("sync", 11)])
+    moved = {"latest": b"step_3\n"} if (what, call) == ("sync", 11) else {}
     kept = {name: data for name, data in after.items() if not name.startswith("step_3/") and name != ".latest"}
-    assert kept == before
+    assert kept == before | moved
     newest = latest_checkpoint(saved)
     assert newest is not None and newest.name == ("step_3" if published else "step_2")
     verify(newest)
     if not published:
-        save_checkpoint(saved, model, optimizers, state, keep=2)
+        save_checkpoint(saved, whole_snapshot(model, optimizers, state), keep=2)
         assert names(saved) == ["latest", "step_2", "step_3"]
 
 
@@ -431,9 +437,9 @@ def save_killed_at_lines(folder: Path, stride: int) -> None:
     before, after = folder / "before", folder / "after"
     model, optimizers, state = trained(0)
     for step in (1, 2):
-        save_checkpoint(before, model, optimizers, replace(state, step=step), keep=2)
+        save_checkpoint(before, whole_snapshot(model, optimizers, replace(state, step=step)), keep=2)
     shutil.copytree(before, after)
-    save_checkpoint(after, model, optimizers, replace(state, step=3), keep=2)
+    save_checkpoint(after, whole_snapshot(model, optimizers, replace(state, step=3)), keep=2)
     expected = contents(before) | contents(after)
     resumed_at = set()
     for line in range(1, 10_000, stride):
@@ -443,7 +449,7 @@ def save_killed_at_lines(folder: Path, stride: int) -> None:
         child = os.fork()
         if child == 0:
             sys.settrace(killer(line))
-            save_checkpoint(work, model, optimizers, replace(state, step=3), keep=2)
+            save_checkpoint(work, whole_snapshot(model, optimizers, replace(state, step=3)), keep=2)
             os._exit(0)
         killed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
         newest = latest_checkpoint(work)
@@ -458,22 +464,3 @@ def save_killed_at_lines(folder: Path, stride: int) -> None:
             assert newest.name == "step_3"
             print(line - 1, ",".join(sorted(resumed_at)))
             return
-
-
-def killer(line: int) -> Callable[..., Any]:
-    """A trace function that ends the process at the n-th line of the functions that touch files."""
-    passed = 0
-    functions = {"save_checkpoint", "make_latest", "new_folder", "write_tensors", "write_json", "sync", "_checksum"}
-    functions |= {"write_text", "rename", "rmtree", "_rmtree_safe_fd", "_rmtree_safe_fd_step", "mkdtemp"}
-
-    def trace(frame: FrameType, event: str, argument: object) -> Callable[..., Any] | None:
-        nonlocal passed
-        if frame.f_code.co_name not in functions:
-            return None
-        if event == "line":
-            passed += 1
-            if passed == line:
-                os._exit(9)
-        return trace
-
-    return trace

@@ -4,16 +4,24 @@
                                                              `load_pretrained` and transformers read them as they are
                            adapter_config.json,              instead of them, in a LoRA run: the adapters alone, in
                            adapter_model.safetensors         PEFT's format
-                           optimizer.safetensors             momentum and moments, by parameter name
+                           optimizer*.safetensors            momentum and moments, by parameter name, and each
+                                                             process's random state
                            state.json                        steps, tokens, data position
                            manifest.json                     size and SHA-256 of every other file
 <run>/checkpoints/latest   the name of the newest; moved last
+
+A checkpoint has no topology: every tensor is in it once, whole, experts one by one under their global numbers,
+whichever process wrote it. Where several wrote, each has files of its own, `model-00001-of-00004.safetensors`, and an
+index (`model.safetensors.index.json`, `optimizer.safetensors.index.json`) tells where a tensor lies.
+`checkpoint_writer` writes them.
 """
 
 import hashlib
 import json
 import re
 import shutil
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,19 +29,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..model.config import LoRAConfig, WeightsError
+from ..model.config import WeightsError
 from ..model.lora import CONFIG_FILE as ADAPTER_CONFIG
-from ..model.lora import fill_adapter, load_adapter, write_adapter
-from ..model.released import fill_weights, load_pretrained, write_weights
-from ..model.tensor_files import new_folder, open_tensors, sync, write_json, write_tensors
+from ..model.lora import fill_adapter, load_adapter
+from ..model.released import fill_weights, load_pretrained
+from ..model.tensor_files import listed, locate_tensors, read_tensors, sync
 from ..model.transformer import Transformer
 from ..optim.groups import Optimizers
 from .config import CheckpointError
 from .progress import progress_bar
 
-FORMAT = 1
-_MAX_SHARD_BYTES = 5_000_000_000
+FORMAT = 2
+STATE_KINDS = ("momentum", "exp_avg", "exp_avg_sq", "step")  # the states of Muon and AdamW (optim.groups)
 _NAME = re.compile("step_[0-9]+")
+# A parameter that stacks something of all experts, and how the released name of one of them continues.
+_STACKED = re.compile(r"(?P<stack>.*\.experts)\.(?P<rest>w[123]|lora\..*)")
+_SINGLE = re.compile(r"(?P<stack>.*\.experts)\.[0-9]+\.(?P<rest>w[123](?=\.weight$)|lora\..*)")
 
 
 @dataclass
@@ -55,37 +66,120 @@ class TrainState:
             setattr(self, key, state.get(key, "") if key == "base" else state[key])
 
 
-def save_checkpoint(
-    checkpoints: Path,
-    model: Transformer,
-    optimizers: Optimizers,
-    state: TrainState,
-    keep: int,
-    adapter: tuple[LoRAConfig, str] | None = None,
-) -> Path:
-    """Writes ``step_N``, then points ``latest`` at it, then removes all but the newest ``keep``.
+@dataclass(frozen=True)
+class Processes:
+    """Those that write and read checkpoints together; by default one alone.
 
-    ``adapter``: of a LoRA run, whose adapters alone are written; their config, and where the base model lies.
+    Attributes:
+        rank, world: of this process.
+        agree: called by all of them with a text; returns, to each of them, the first text that is not empty, and not
+            before all have called it. Only called where training stands still, never from another thread.
     """
-    folder = checkpoints / f"step_{state.step}"
-    if folder.exists():  # without a manifest: a complete one would have been resumed from
-        shutil.rmtree(folder)
-    try:
-        with new_folder(folder) as temporary:
-            if adapter is None:
-                write_weights(model, temporary, "fp32", _MAX_SHARD_BYTES)
+
+    rank: int = 0
+    world: int = 1
+    agree: Callable[[str], str] = str
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What fails within on one process fails on all of them, as the same CheckpointError."""
+        problem, cause = "", None
+        try:
+            yield
+        except CheckpointError as error:
+            problem, cause = str(error), error.__cause__
+        if problem := self.agree(problem):
+            raise CheckpointError(problem) from cause
+
+
+ALONE = Processes()
+
+
+# Names of experts: stacked in memory, single in files.
+
+
+def split_experts(tensors: Mapping[str, Tensor], held: Mapping[str, Sequence[int]] | None = None) -> dict[str, Tensor]:
+    """Parameters or their states by name, what stacks experts cut into views of single ones under global numbers.
+
+    ``momentum.layers.0.ffn.experts.w1`` ``[E, F, D]`` becomes ``momentum.layers.0.ffn.experts.3.w1.weight`` ``[F, D]``
+    and so on. A 0-dim state (AdamW's ``step``) goes to every expert of its parameter. All else stays as it is.
+
+    Args:
+        held: by parameter name, the global numbers of its rows; what is not named holds all experts, from 0.
+    """
+    known = dict(held or {})
+    for name, tensor in tensors.items():
+        if tensor.ndim and _STACKED.fullmatch(name):
+            known.setdefault(_without_kind(name), range(len(tensor)))
+    single: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if _STACKED.fullmatch(name) is None:
+            single[name] = tensor
+            continue
+        for row, expert in enumerate(known[_without_kind(name)]):
+            single[_single_name(name, expert)] = tensor[row] if tensor.ndim else tensor.clone()
+    return single
+
+
+def join_experts(single: Mapping[str, Tensor], held: Mapping[str, Sequence[int] | None]) -> dict[str, Tensor]:
+    """The reverse of ``split_experts``: the parameters or states of ``held`` that are among ``single``.
+
+    Args:
+        held: by parameter name, the global numbers of its rows, None for one that is no stack.
+
+    Raises:
+        CheckpointError: a stack of which some experts are missing, or whose experts differ in a 0-dim state.
+    """
+    joined: dict[str, Tensor] = {}
+    problems: dict[str, list[str]] = {"missing": [], "different among the experts of a parameter": []}
+    for parameter, experts in held.items():
+        for name in (parameter, *(f"{kind}.{parameter}" for kind in STATE_KINDS)):
+            names = _names_in_files(name, experts)
+            found = [single[each] for each in names if each in single]
+            if not found:
+                continue
+            if len(found) < len(names):
+                problems["missing"] += [each for each in names if each not in single]
+            elif experts is None:
+                joined[name] = found[0]
+            elif found[0].ndim:
+                joined[name] = torch.stack(found)
+            elif any(not torch.equal(found[0], other) for other in found):
+                problems["different among the experts of a parameter"].append(name)
             else:
-                write_adapter(model, adapter[0], temporary, adapter[1])
-            write_tensors(temporary / "optimizer.safetensors", optimizers.state_tensors() | _random_state())
-            write_json(temporary / "state.json", state.state_dict())
-            files = {p.name: {"bytes": p.stat().st_size, "sha256": _checksum(p)} for p in sorted(temporary.iterdir())}
-            write_json(temporary / "manifest.json", {"format": FORMAT, "step": state.step, "files": files})
-        make_latest(folder, keep)
-    except WeightsError as error:
-        raise CheckpointError(f"checkpoint of step {state.step} not written: {error}") from None
-    except OSError as error:
-        raise CheckpointError(f"{checkpoints}: cannot write ({error}); free some space and resume") from None
-    return folder
+                joined[name] = found[0]
+    if any(problems.values()):
+        raise CheckpointError(f"these states do not make whole parameters ({listed(problems)})")
+    return joined
+
+
+def _names_in_files(name: str, experts: Sequence[int] | None) -> list[str]:
+    return [name] if experts is None else [_single_name(name, expert) for expert in experts]
+
+
+def _single_name(name: str, expert: int) -> str:
+    stacked = _STACKED.fullmatch(name)
+    assert stacked is not None, name
+    end = "" if stacked["rest"].startswith("lora.") else ".weight"
+    return f"{stacked['stack']}.{expert}.{stacked['rest']}{end}"
+
+
+def _stacked_name(name: str) -> str:
+    single = _SINGLE.match(name)
+    return name if single is None else f"{single['stack']}.{single['rest']}"
+
+
+def _without_kind(name: str) -> str:
+    kind, _, rest = name.partition(".")
+    return rest if kind in STATE_KINDS else name
+
+
+def _is_state(name: str, parameters: Container[str]) -> bool:
+    kind, _, single = name.partition(".")
+    return kind in STATE_KINDS and _stacked_name(single) in parameters
+
+
+# Publishing.
 
 
 def make_latest(folder: Path, keep: int) -> None:
@@ -102,52 +196,184 @@ def make_latest(folder: Path, keep: int) -> None:
         shutil.rmtree(old.rename(checkpoints / f".{old.name}-old"))
 
 
-def load_checkpoint(folder: Path, model: Transformer, optimizers: Optimizers, state: TrainState) -> None:
+def remove_leftovers(checkpoints: Path) -> None:
+    """Deletes what saves and removals that were killed left. One process does it, before any of them saves."""
+    for path in checkpoints.glob(".step_*"):
+        shutil.rmtree(path, ignore_errors=True)
+    (checkpoints / ".latest").unlink(missing_ok=True)
+
+
+# Reading.
+
+
+class Checkpoint:
+    """A published checkpoint, whose files were compared with their checksums, to be read by any number of processes.
+
+    Raises:
+        CheckpointError: a file is missing, changed or truncated.
+    """
+
+    def __init__(self, folder: Path, processes: Processes = ALONE) -> None:
+        verify(folder, processes)
+        self.folder, self.processes = folder, processes
+        self.state: dict[str, Any] = json.loads((folder / "state.json").read_text())
+        self._adapted = (folder / ADAPTER_CONFIG).exists()
+
+    def fill(self, model: Transformer) -> None:
+        """Copies the weights, or the adapters, into those that ``model`` has, in its dtypes; strict but for experts
+        that other processes hold.
+
+        Raises:
+            CheckpointError: of another architecture; the model is unchanged then.
+        """
+        with self.processes.together():
+            try:
+                (fill_adapter if self._adapted else fill_weights)(model, self.folder)
+            except WeightsError as error:
+                raise CheckpointError(
+                    f"{error}; is this a run of another model? choose another output folder"
+                ) from None
+
+    def weights(self, held: Mapping[str, Sequence[int] | None]) -> dict[str, Tensor]:
+        """The float32 weights of parameters (not of adapters), as ``join_experts`` puts them together.
+
+        Args:
+            held: by parameter name, the global numbers of the experts that it stacks, None for one that is no stack.
+        """
+        return self._read("model", held, held)
+
+    def optimizer_state(
+        self, held: Mapping[str, Sequence[int] | None], parameters: Iterable[str] | None = None
+    ) -> dict[str, Tensor]:
+        """The states of parameters for ``Optimizers.load_state_tensors``; nothing for one that never had a gradient.
+
+        Args:
+            held: as in ``weights``; what other processes hold is left out.
+            parameters: names of all that the model has, wherever they are held; None: those of ``held``.
+
+        Raises:
+            CheckpointError: the checkpoint has states of other parameters, or of a part of the experts of one.
+        """
+        names = [f"{kind}.{name}" for name in held for kind in STATE_KINDS]
+        return self._read("optimizer", held, names, set(held if parameters is None else parameters))
+
+    def restore_random_state(self) -> None:
+        """Sets this process's random state to what it was; left alone where fewer processes saved."""
+        states = {f"rng.{device}.{self.processes.rank}": device for device in ("cpu", "cuda")}
+        with self.processes.together(), _named(self.folder):
+            places = locate_tensors(self.folder, "optimizer")
+            for name, state in read_tensors({name: places[name] for name in states if name in places}):
+                if states[name] == "cpu":
+                    torch.set_rng_state(state)
+                elif torch.cuda.is_available():
+                    torch.cuda.set_rng_state(state)
+
+    def _read(
+        self,
+        stem: str,
+        held: Mapping[str, Sequence[int] | None],
+        names: Iterable[str],
+        parameters: set[str] | None = None,
+    ) -> dict[str, Tensor]:
+        joined: dict[str, Tensor] = {}
+        with self.processes.together(), _named(self.folder):
+            places = locate_tensors(self.folder, stem)
+            if parameters is not None:
+                unknown = [name for name in places if not name.startswith("rng.") and not _is_state(name, parameters)]
+                if unknown:
+                    raise CheckpointError(f"optimizer state does not fit the model ({listed({'unexpected': unknown})})")
+            wanted = {each for name in names for each in _names_in_files(name, held[_without_kind(name)])}
+            joined |= join_experts(dict(read_tensors({n: p for n, p in places.items() if n in wanted})), held)
+        return joined
+
+
+def load_checkpoint(
+    folder: Path,
+    model: Transformer,
+    optimizers: Optimizers,
+    state: TrainState,
+    processes: Processes = ALONE,
+    held: Mapping[str, Sequence[int] | None] | None = None,
+) -> None:
     """Fills model, optimizers and state from a checkpoint, after comparing every file with its checksum.
+
+    Args:
+        held: the parameters of ``optimizers`` as in ``Checkpoint.weights``; None: all that the model trains, whole.
 
     Raises:
         CheckpointError: a file is missing, changed or truncated, or the checkpoint is of another architecture.
     """
-    verify(folder)
-    try:
-        (fill_adapter if (folder / ADAPTER_CONFIG).exists() else fill_weights)(model, folder)
-        with open_tensors(folder / "optimizer.safetensors") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        _restore_random_state(tensors)
+    checkpoint = Checkpoint(folder, processes)
+    checkpoint.fill(model)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if held is None:
+        held = {name: range(shape[0]) if _STACKED.fullmatch(name) else None for name, shape in shapes.items()}
+    tensors = checkpoint.optimizer_state(held, shapes)
+    with processes.together(), _named(folder):
         optimizers.load_state_tensors(tensors)
-        state.load_state_dict(json.loads((folder / "state.json").read_text()))
-    except WeightsError as error:
-        raise CheckpointError(f"{error}; is this a run of another model? choose another output folder") from None
+    checkpoint.restore_random_state()
+    with _named(folder):
+        state.load_state_dict(checkpoint.state)
+
+
+@contextmanager
+def _named(folder: Path) -> Iterator[None]:
+    """Errors of content become CheckpointErrors that name the folder."""
+    try:
+        yield
+    except WeightsError as error:  # names its file
+        raise CheckpointError(str(error)) from None
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"{folder}: {error}") from None
 
 
-def verify(folder: Path) -> None:
-    """Raises CheckpointError unless every file of a checkpoint is there and as it was written."""
-    way_out = f"remove {folder} to go on from an earlier checkpoint"
+def verify(folder: Path, processes: Processes = ALONE) -> None:
+    """Raises CheckpointError unless every file of a checkpoint is there and as it was written.
+
+    Of several processes each reads some of the files, and all know the result.
+    """
+    with processes.together():
+        manifest = _verify_files(folder, processes)
+    # All that no checksum covers yet; without this, a flipped bit in it would pass.
+    if manifest.get("step") != (step := json.loads((folder / "state.json").read_text())["step"]):
+        found = manifest.get("step")
+        raise CheckpointError(
+            f"{folder / 'manifest.json'}: step {found!r}, but state.json says {step}; {_way_out(folder)}"
+        )
+
+
+def _way_out(folder: Path) -> str:
+    return f"remove {folder} to go on from an earlier checkpoint"
+
+
+def _verify_files(folder: Path, processes: Processes) -> dict[str, Any]:
+    way_out = _way_out(folder)
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
         files = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder / 'manifest.json'}: unreadable ({error!r}); {way_out}") from None
     if manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{folder}: format {manifest.get('format')!r}, this version reads {FORMAT}; {way_out}")
+        raise CheckpointError(
+            f"{folder}: format {manifest.get('format')!r}, this version reads {FORMAT}; go on with the version that "
+            "wrote it, or choose another output folder"
+        )
     present = {path.name for path in folder.iterdir()} - {"manifest.json"}
     if present != set(files):
         odd = ", ".join(sorted(present ^ set(files)))
         raise CheckpointError(f"{folder}: files missing or added: {odd}; {way_out}")
-    for name, (size, checksum) in files.items():
+    for name, (size, _) in files.items():
         path = folder / name
         if path.stat().st_size != size:
             raise CheckpointError(f"{path}: {path.stat().st_size} bytes instead of {size}; {way_out}")
-        if (found := _checksum(path)) != checksum:
+    largest_first = sorted(files, key=lambda name: (-files[name][0], name))  # so that the processes get like portions
+    for name in largest_first[processes.rank :: processes.world]:
+        path, checksum = folder / name, files[name][1]
+        if (found := file_checksum(path)) != checksum:
             raise CheckpointError(
-                f"{path}: checksum {found[:12]} instead of {checksum[:12]}, the file changed; {way_out}"
+                f"{path}: checksum {found[:12]} instead of {str(checksum)[:12]}, the file changed; {way_out}"
             )
-    # All that no checksum covers yet; without this, a flipped bit in it would pass.
-    if manifest.get("step") != (step := json.loads((folder / "state.json").read_text())["step"]):
-        found = manifest.get("step")
-        raise CheckpointError(f"{folder / 'manifest.json'}: step {found!r}, but state.json says {step}; {way_out}")
+    return manifest
 
 
 def complete_checkpoints(checkpoints: Path) -> list[Path]:
@@ -235,27 +461,7 @@ def _step(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
 
 
-def _checksum(path: Path) -> str:
+def file_checksum(path: Path) -> str:
+    """SHA-256 in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _random_state() -> dict[str, Tensor]:
-    states = {"rng.cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["rng.cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def _restore_random_state(tensors: dict[str, Tensor]) -> None:
-    torch.set_rng_state(tensors.pop("rng.cpu"))
-    cuda = tensors.pop("rng.cuda", None)
-    if cuda is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(cuda)
-
-
-def remove_leftovers(checkpoints: Path) -> None:
-    """Deletes what saves and removals that were killed left."""
-    for path in checkpoints.glob(".step_*"):
-        shutil.rmtree(path, ignore_errors=True)
-    (checkpoints / ".latest").unlink(missing_ok=True)

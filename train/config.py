@@ -110,10 +110,12 @@ class PrecisionConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """`every` optimizer steps (0: only at the end), the newest `keep` stay."""
+    """`every` optimizer steps (0: only at the end), the newest `keep` stay. `asynchronous`: training goes on while one
+    is written, for a copy of weights and optimizer state in the CPU's memory."""
 
     every: int = 100
     keep: int = 2
+    asynchronous: bool = False
 
     def __post_init__(self) -> None:
         if self.every < 0 or self.keep < 1:

@@ -6,7 +6,7 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,7 +29,8 @@ from ..model.tensor_files import write_json
 from ..model.transformer import Transformer
 from ..optim.groups import GroupRow, Optimizers
 from ..optim.schedule import Plan, Schedule
-from .checkpoint import TrainState, latest_checkpoint, load_checkpoint, make_latest, remove_leftovers, save_checkpoint
+from .checkpoint import Processes, TrainState, latest_checkpoint, load_checkpoint, make_latest, remove_leftovers
+from .checkpoint_writer import CheckpointWriter
 from .config import CheckpointError, ConfigError, PrecisionConfig, Preempted, TrainConfig, from_yaml, leaves, to_yaml
 from .dataset import Dataset, open_dataset
 from .environment import code_version, write_environment
@@ -137,12 +138,17 @@ def train(config: TrainConfig) -> Path:
         optimizers = processes.optimizers(model, config.optim)
         base = weights_fingerprint(Path(config.pretrained)) if config.pretrained else ""
         state = TrainState(data=loader.state_dict(), fingerprint=data.fingerprint, base=base)
-        resumed = restore(run, model, optimizers, state, data, config.checkpoint.keep)
+        writers = Processes(processes.rank, processes.world, processes.agree)
+        held = processes.held(model, optimizers)
+        resumed = restore(run, model, optimizers, state, data, config.checkpoint.keep, writers, held)
         loader.load_state_dict(state.data or {})
         processes.first_does(lambda: write_description(run, config, data))
 
         journal = Journal(run, config, state, schedule.total_steps, processes.first, stack)
         introduce(journal, config, optimizers, processes, data, resumed, state)
+        saver = stack.enter_context(
+            CheckpointWriter(run / "checkpoints", config.checkpoint.keep, writers, config.checkpoint.asynchronous)
+        )
         validator = Validator(config, data, device, processes)
         meter = Meter(config, device, processes)
         where = config.precision, device
@@ -191,10 +197,11 @@ def train(config: TrainConfig) -> Path:
                 state.data = loader.state_dict()
                 with meter.aside("checkpoint"):
                     adapter = (config.lora, str(Path(config.pretrained or "").resolve())) if config.lora else None
-                    saved = save_checkpoint(
-                        run / "checkpoints", model, optimizers, state, config.checkpoint.keep, adapter
-                    )
-                journal.event("checkpoint", saved.name)
+                    saver.save(processes.snapshot(model, optimizers, state, adapter))
+                if plan is None or stopping:
+                    saver.wait()
+                for saved in saver.published():
+                    journal.event("checkpoint", saved.name)
             if stopping:
                 journal.event("preempted", f"signal {stop.signal or 'to another process'}; the same command goes on")
                 raise Preempted(f"{run}: stopped after step {state.step} by a signal, saved; the same command goes on")
@@ -380,14 +387,21 @@ def make_deterministic(config: TrainConfig, device: torch.device, rank: int) -> 
 
 
 def restore(
-    run: Path, model: Transformer, optimizers: Optimizers, state: TrainState, data: Dataset, keep: int
+    run: Path,
+    model: Transformer,
+    optimizers: Optimizers,
+    state: TrainState,
+    data: Dataset,
+    keep: int,
+    writers: Processes,
+    held: Mapping[str, Sequence[int] | None],
 ) -> Path | None:
     """Loads the newest checkpoint, if there is one, and makes sure that it continues on the same data."""
     newest = latest_checkpoint(run / "checkpoints")
     if newest is None:
         return None
     fingerprint, base = state.fingerprint, state.base
-    load_checkpoint(newest, model, optimizers, state)
+    load_checkpoint(newest, model, optimizers, state, writers, held)
     if state.base != base:
         raise CheckpointError(
             f"{newest}: was trained from other weights than those that are in model.pretrained now; "
@@ -398,7 +412,8 @@ def restore(
             f"{newest}: was trained on other data than {data.folders[0].folder}; "
             "give the same data, or another output to start a new run"
         )
-    make_latest(newest, keep)
+    if writers.rank == 0:
+        make_latest(newest, keep)
     return newest
 
 

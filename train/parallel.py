@@ -24,13 +24,18 @@ from torch.nn import Parameter
 
 from ..kernels.norm import at_least_fp32
 from ..kernels.router import expert_load
+from ..model.config import LoRAConfig
+from ..model.lora import lora_parameters, peft_files
 from ..model.memory import Layout
 from ..model.moe import Experts, MoE
+from ..model.released import checkpoint_tensors, first_expert
 from ..model.transformer import Transformer
 from ..optim.config import OptimConfig
 from ..optim.exchange import Exchange
 from ..optim.groups import MUON_GROUPS, GroupRow, Optimizers, build_optimizers, group_of
 from ..optim.ownership import Item, Ownership, assign
+from .checkpoint import TrainState, split_experts
+from .checkpoint_writer import Snapshot, whole_snapshot
 from .config import ConfigError, ParallelConfig, StoppedElsewhere, TrainConfig
 from .planning import Placement, why_impossible
 
@@ -107,9 +112,15 @@ class Alone:
     def spread(self, model: Transformer) -> None:
         """Leaves to this process its own experts."""
 
-    def first_of(self, name: str) -> int:
-        """The expert, of those of this process, with which its shard of a parameter begins."""
-        return 0
+    def held(self, model: Transformer, optimizers: Optimizers) -> dict[str, range | None]:
+        """The parameters of ``optimizers``, and the global numbers of the experts that each stacks."""
+        return {name: _numbers(model, name, 0, p) for name, p in optimizers.parameters.items()}
+
+    def snapshot(
+        self, model: Transformer, optimizers: Optimizers, state: TrainState, adapter: tuple[LoRAConfig, str] | None
+    ) -> Snapshot:
+        """What this process writes of a checkpoint; ``adapter`` as for ``whole_snapshot``."""
+        return whole_snapshot(model, optimizers, state, adapter)
 
     def close(self, error: object) -> None:
         """Parts from the other processes; after an error without waiting for them."""
@@ -225,8 +236,33 @@ class Together(Alone):
                 module.dispatcher = ExpertDispatcher(self._experts, model.config.n_routed_experts)
                 self.dispatchers.append(module.dispatcher)
 
-    def first_of(self, name: str) -> int:
-        return next(exchange.shards[name].first for exchange in self._exchanges if name in exchange.shards)
+    def held(self, model: Transformer, optimizers: Optimizers) -> dict[str, range | None]:
+        shards = {name: shard for exchange in self._exchanges for name, shard in exchange.shards.items()}
+        return {name: _numbers(model, name, shard.first, shard.parameter) for name, shard in shards.items()}
+
+    def snapshot(
+        self, model: Transformer, optimizers: Optimizers, state: TrainState, adapter: tuple[LoRAConfig, str] | None
+    ) -> Snapshot:
+        held = self.held(model, optimizers)
+        numbers = {name: found for name, found in held.items() if found is not None}
+        states = split_experts(optimizers.state_tensors(), numbers)
+        if adapter is not None:
+            values = {name: self._whole(name, p.detach()) for name, p in lora_parameters(model).items()}
+            settings, tensors = peft_files(model, *adapter, values)
+            return Snapshot(tensors if self.first else {}, states, state, model.config, settings)
+        mine = set(split_experts(dict(optimizers.parameters), numbers))
+        # Buffers, and copies that a release has of a matrix, are the same in all processes.
+        shared = {name for name, _ in model.named_buffers()} | set(model.origin.copies) if self.first else set()
+        tensors = {name: t for name, t in checkpoint_tensors(model).items() if name in mine | shared}
+        return Snapshot(tensors, states, state, model.config)
+
+    def _whole(self, name: str, tensor: Tensor) -> Tensor:
+        """Of a stack of experts those of all processes."""
+        if self.expert == 1 or ".experts." not in name:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.expert)]
+        dist.all_gather(parts, tensor.contiguous(), group=self._experts)
+        return torch.cat(parts)
 
     def optimizers(self, model: Transformer, config: OptimConfig) -> Optimizers:
         """Optimizers of what this process owns."""
@@ -257,6 +293,15 @@ class Together(Alone):
         if error is None:
             dist.barrier()  # a process that leaves early can abort those that still talk to it
             dist.destroy_process_group()
+
+
+def _numbers(model: Transformer, name: str, first: int, parameter: Parameter) -> range | None:
+    """Global numbers of the experts that a parameter stacks, the first of them counted within this process."""
+    owner, stacked, _ = name.partition(".experts.")
+    if not stacked:
+        return None
+    first += first_expert(model.get_submodule(f"{owner}.experts"))
+    return range(first, first + len(parameter))
 
 
 def item_of(name: str, parameter: Parameter, splits: Mapping[str, tuple[int, ...]], config: OptimConfig) -> Item:

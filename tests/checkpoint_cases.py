@@ -1,0 +1,82 @@
+"""What the tests of checkpoints share: processes played by threads, tensors dealt out to them, processes that die."""
+
+import os
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from types import FrameType
+from typing import TypeVar
+
+from torch import Tensor
+
+from openv4.train.checkpoint import Processes
+from openv4.train.checkpoint_writer import Snapshot
+
+T = TypeVar("T")
+
+
+def in_threads(world: int, action: Callable[[Processes], T]) -> list[T | BaseException]:
+    """What ``action`` returns or raises for each of so many processes, played by threads that agree with each other."""
+    barrier, texts = threading.Barrier(world, timeout=60), [""] * world
+
+    def play(rank: int) -> T | BaseException:
+        def agree(text: str) -> str:
+            texts[rank] = text
+            barrier.wait()
+            first = next(filter(None, texts), "")
+            barrier.wait()  # nobody writes the next text before all have read this one
+            return first
+
+        try:
+            return action(Processes(rank, world, agree))
+        except Exception as error:
+            return error
+
+    with ThreadPoolExecutor(world) as pool:
+        return list(pool.map(play, range(world)))
+
+
+def deal(snapshot: Snapshot, rank: int, world: int) -> Snapshot:
+    """The share of one process: every tensor goes to one of them, single experts too. Adapters all go to rank 0."""
+
+    def share(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor for index, (name, tensor) in enumerate(tensors.items()) if index % world == rank}
+
+    weights = share(snapshot.weights) if snapshot.adapter is None else snapshot.weights if rank == 0 else {}
+    return replace(snapshot, weights=weights, optimizer=share(snapshot.optimizer))
+
+
+# The functions that a save consists of.
+SAVING = {"save", "wait", "_open", "_write", "_failing", "_write_part", "_write_stem", "_publish", "_collect"}
+SAVING |= {
+    "_assemble",
+    "_merged",
+    "_abandon",
+    "make_latest",
+    "write_tensors",
+    "write_json",
+    "write_index",
+    "sync",
+    "file_checksum",
+    "write_text",
+    "rename",
+}
+SAVING |= {"mkdir", "rmtree", "_rmtree_safe_fd", "_rmtree_safe_fd_step"}
+
+
+def killer(line: int) -> Callable[..., object]:
+    """A trace function that ends the process, without a word, at the n-th line of the functions that save."""
+    passed = 0
+
+    def trace(frame: FrameType, event: str, argument: object) -> Callable[..., object] | None:
+        nonlocal passed
+        if frame.f_code.co_name not in SAVING:
+            return None
+        if event == "line":
+            passed += 1
+            if passed == line:
+                os._exit(9)
+        return trace
+
+    return trace
