@@ -90,19 +90,19 @@ def _watch(children: list[subprocess.Popen[bytes]]) -> int:
             for child in children:
                 child.terminate() if time.monotonic() < deadline + GRACE else child.kill()
         time.sleep(0.05)
-    codes = [child.poll() or 0 for child in children]
+    ended = [child.wait() for child in children]
     if failed is None:
-        failed = next((rank for rank, code in enumerate(codes) if code), None)
+        failed = next((rank for rank, code in enumerate(ended) if code), None)
     if failed is None:
         return 0
-    code = codes[failed]
+    code = ended[failed]
     if code < 0:
         name = signal.Signals(-code).name
         print(
             f"error: process {failed} of {len(children)} was ended by {name}; the others were stopped", file=sys.stderr
         )
         return 128 - code
-    if len(set(codes)) > 1:
+    if len(set(ended)) > 1:
         print(f"error: process {failed} of {len(children)} ended with exit code {code}", file=sys.stderr)
     return code
 

@@ -254,8 +254,13 @@ def add_lora(model: Transformer, config: LoRAConfig, seed: int = 0) -> None:
     ).items():
         generator = generator_of(seed, f"{site.lora}.A")
         bound = adapter.A.shape[-1] ** -0.5
+        shape: tuple[int, ...] = adapter.A.shape
+        first = 0
+        if site.part == "experts":  # of which this process may have some
+            shape, first = (model.config.n_routed_experts, *shape[1:]), first_expert(model.get_submodule(site.owner))
         with torch.no_grad():
-            adapter.A.copy_(torch.empty(adapter.A.shape).uniform_(-bound, bound, generator=generator))
+            drawn = torch.empty(shape).uniform_(-bound, bound, generator=generator)
+            adapter.A.copy_(drawn[first : first + len(adapter.A)] if site.part == "experts" else drawn)
 
 
 @torch.no_grad()

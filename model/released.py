@@ -464,6 +464,7 @@ def load_pretrained(
     keep_quantized: bool = False,
     owned: Callable[[str], bool] | None = None,
     progress: Progress | None = None,
+    spread: Callable[[Transformer], None] = lambda model: None,
 ) -> Transformer:
     """Builds the model that ``folder`` describes and fills it, strictly, one tensor in memory at a time.
 
@@ -477,6 +478,8 @@ def load_pretrained(
             used, and cannot be trained.
         owned: tells by released name which tensors to read; parameters of which none is owned stay on the meta device.
         progress: is called with the bytes read and those to read.
+        spread: is given the model, on the meta device, to leave in it the experts that this process is to have; what
+            others have is not read.
 
     Raises:
         WeightsError: missing, unexpected or misshapen tensors (all listed), damaged files, index entries that leave
@@ -486,6 +489,7 @@ def load_pretrained(
     with torch.device("meta"):
         model = Transformer(release.config if mtp else without_mtp(release.config))
     release.check(dict(released_tensors(model)))  # before a wrong config.json makes us ask for its memory
+    spread(model)
     if keep_quantized:
         _keep_quantized(model, release)
     for name, tensor in model.state_dict().items():

@@ -65,7 +65,7 @@ class Exchange:
         self._under_way: list[_Bucket] = []
         self._generator = torch.Generator(next((p.device for p in parameters.values()), None))
         for name, parameter in parameters.items():
-            parameter.register_post_accumulate_grad_hook(lambda _, name=name: self._arrived(name))  # type: ignore[misc]
+            parameter.register_post_accumulate_grad_hook(lambda _, name=name: self._arrived(name))
 
     def watch(self, seed: int) -> None:
         """Says that the next backward pass is the last before ``collect``: gradients leave as they get complete.
@@ -145,7 +145,7 @@ class Exchange:
             return bucket.own
         parts = list(bucket.received.view(self._size, -1))
         parts[self._rank] = bucket.own
-        total = parts[0].float()
+        total: Tensor = parts[0].float()
         total = total.clone() if total is parts[0] else total
         for part in parts[1:]:
             total += part
@@ -218,7 +218,7 @@ def _buckets(parameters: Mapping[str, Parameter], most: float) -> Iterator[list[
     """Names in the order in which gradients come, the last first."""
     bucket: list[str] = []
     room = most
-    for name, parameter in reversed(parameters.items()):
+    for name, parameter in reversed(list(parameters.items())):
         size = parameter.numel() * parameter.element_size()
         if bucket and size > room:
             yield bucket

@@ -21,7 +21,7 @@ from .config import OptimConfig
 from .exchange import Exchange
 from .muon import Muon, momentum_dtype
 
-EMBEDDING, LORA = "embedding and head", "LoRA adapters"
+EMBEDDING, LORA, EXPERTS = "embedding and head", "LoRA adapters", "routed experts"
 # In the order of the table. An optimizer owns whole groups.
 ADAMW_GROUPS = (
     EMBEDDING,
@@ -37,7 +37,7 @@ MUON_GROUPS = (
     "compressor",
     "indexer",
     "router",
-    "routed experts",
+    EXPERTS,
     "shared expert",
     "mHC projections",
     "MTP projections",
@@ -97,7 +97,7 @@ def group_of(name: str, ndim: int) -> str:
         ("compressor", "compressor"),
         ("attn", "attention"),
         ("gate", "router"),
-        ("experts", "routed experts"),
+        ("experts", EXPERTS),
         ("shared_experts", "shared expert"),
     ):
         if part in path:
@@ -120,6 +120,7 @@ class Optimizers:
         groups: the names of the parameters in each group, in the order of the table.
         muon: None if no parameter belongs to it.
         adamw: None if no parameter belongs to it.
+        total: sums over all processes.
     """
 
     def __init__(
@@ -134,7 +135,7 @@ class Optimizers:
         self.groups = dict(groups)
         self.muon = muon
         self.adamw = adamw
-        self._exchanges, self._total = tuple(exchanges), total
+        self._exchanges, self.total = tuple(exchanges), total
         self.parameters = dict(parameters)
         self._group = {name: group for group, names in groups.items() for name in names}
 
@@ -142,7 +143,7 @@ class Optimizers:
         """`clip_by_global_norm` of the gradients, which go to their owners first; each counts once in the norm."""
         for exchange in self._exchanges:
             exchange.collect()
-        return clip_by_global_norm(self.parameters.values(), max_norm, self._total)
+        return clip_by_global_norm(self.parameters.values(), max_norm, self.total)
 
     def step(self, lr: float, found_inf: Tensor) -> None:
         """Update all parameters that have a gradient.
@@ -188,7 +189,7 @@ class Optimizers:
         empty = torch.zeros((), device=device)
         sums = torch.stack([empty if pair is None else pair[0].float() for pair in found.values()])
         counts = torch.tensor([0 if pair is None else pair[1] for pair in found.values()], device=device)
-        sums, counts = self._total(sums), self._total(counts)
+        sums, counts = self.total(sums), self.total(counts)
         known = [group for group, count in zip(found, counts.tolist(), strict=True) if count]
         return {group: rms for group, rms in zip(found, (sums / counts).sqrt(), strict=True) if group in known}
 
@@ -226,6 +227,18 @@ class Optimizers:
             ValueError: a tensor is unknown, has another shape or dtype, or is missing beside others of its parameter.
                 Nothing has been changed then.
         """
+        layouts = self._check_state_tensors(tensors)
+        for name, parameter in self.parameters.items():
+            state = self._optimizer(name).state
+            state.pop(parameter, None)
+            loaded = {kind: tensors[f"{kind}.{name}"] for kind in layouts[name] if f"{kind}.{name}" in tensors}
+            if loaded:
+                state[parameter] = {kind: t.to(parameter.device, copy=True) for kind, t in loaded.items()}
+
+    def _check_state_tensors(
+        self, tensors: Mapping[str, Tensor]
+    ) -> dict[str, dict[str, tuple[tuple[int, ...], torch.dtype]]]:
+        """The layout of each parameter's state; raises as `load_state_tensors` does."""
         layouts = {name: self._layout(name) for name in self.parameters}
         expected = {f"{kind}.{name}": like for name, layout in layouts.items() for kind, like in layout.items()}
         problems = [f"unexpected {key}" for key in tensors if key not in expected]
@@ -240,12 +253,7 @@ class Optimizers:
         if problems:
             more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
             raise ValueError(f"optimizer state does not fit the model and its groups: {'; '.join(problems[:8])}{more}")
-        for name, parameter in self.parameters.items():
-            state = self._optimizer(name).state
-            state.pop(parameter, None)
-            loaded = {kind: tensors[f"{kind}.{name}"] for kind in layouts[name] if f"{kind}.{name}" in tensors}
-            if loaded:
-                state[parameter] = {kind: t.to(parameter.device, copy=True) for kind, t in loaded.items()}
+        return layouts
 
     def _is_muons(self, group: str) -> bool:
         return self.muon is not None and group in MUON_GROUPS
@@ -361,12 +369,16 @@ def clip_by_global_norm(
         The norm before clipping, and `found_inf`: 1 if the norm is not finite (the gradients are worthless then), else
         0. Both are 0-dim float32 tensors on the device of the gradients.
     """
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return clip_gradients([parameter.grad for parameter in parameters if parameter.grad is not None], max_norm, total)
+
+
+@torch.no_grad()
+def clip_gradients(gradients: list[Tensor], max_norm: float, total: Total) -> tuple[Tensor, Tensor]:
+    """`clip_by_global_norm` of gradients without their parameters."""
     norms = torch._foreach_norm(gradients, 2, dtype=torch.float32) if gradients else [torch.zeros(())]
     norm = total(torch.stack(norms).double().square().sum()).sqrt().float()
-    if not gradients:
-        return norm, (~norm.isfinite()).float()
-    torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    if gradients:
+        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm, (~norm.isfinite()).float()
 
 

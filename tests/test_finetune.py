@@ -32,6 +32,7 @@ from openv4.optim.groups import build_optimizers
 from openv4.train.checkpoint import base_of, find_tokenizer, load_model
 from openv4.train.config import CheckpointError, ConfigError, TrainConfig, load_config
 from openv4.train.loop import build_model, train, training_step
+from openv4.train.parallel import Alone
 
 pytestmark = pytest.mark.usefixtures("one_thread", "elsewhere")
 
@@ -198,8 +199,8 @@ class Kept:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.models: list[Transformer] = []
 
-        def build(config: TrainConfig, device: torch.device) -> Transformer:
-            self.models.append(build_model(config, device))
+        def build(config: TrainConfig, device: torch.device, processes: Alone) -> Transformer:
+            self.models.append(build_model(config, device, processes))
             return self.models[-1]
 
         patch.setattr(loop, "build_model", build)

@@ -279,6 +279,8 @@ class TrainConfig:
                 f"fp4_qat rotates the indexer's queries and keys, for which model.index_head_dim={size} must be a "
                 "power of two"
             )
+        if self.parallel.zero:
+            self._check_zero()
         if self.micro_batch_tokens < 1:
             raise ConfigError(f"micro_batch_tokens={self.micro_batch_tokens} must be positive")
         if self.threads is not None and self.threads < 1:
@@ -305,6 +307,29 @@ class TrainConfig:
     def shortest_row(self) -> int:
         """Tokens of the shortest row of any stage: what a conversation must fit into."""
         return min(stage.sequence_length for stage in self.stages)
+
+    def _check_zero(self) -> None:
+        """ZeRO partitions what AdamW trains, and takes a parameter without a gradient for one whose gradient is 0."""
+        key = f"parallel.zero={self.parallel.zero}"
+        if self.lora is None and self.optim.matrices == "muon":
+            raise ConfigError(
+                f"{key}: Muon needs whole matrices, whose owners hold their state in any case; set parallel.zero=0, or "
+                "optim.matrices=adamw"
+            )
+        parts = None if self.lora is None else self.lora.parts
+        for index, stage in enumerate(self.stages):
+            learns = stage.attention == "sparse" and stage.indexer_weight > 0
+            idle = {
+                "the indexer": "csa" in self.model.kinds and not learns and (parts is None or "indexer" in parts),
+                "the MTP block": parts is None and self.model.num_nextn_predict_layers > 0 and stage.mtp_weight == 0,
+                "all but the indexer": stage.attention == "indexer_warmup" and parts != frozenset({"indexer"}),
+            }
+            for what, found in idle.items():
+                if found:
+                    raise ConfigError(
+                        f"{key}: stages.{index} gives {what} no gradient, and ZeRO would decay its weights; set "
+                        "parallel.zero=0"
+                    )
 
     def _check_lora(self, lora: LoRAConfig) -> None:
         if self.pretrained is None:

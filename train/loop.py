@@ -297,6 +297,7 @@ def build_model(config: TrainConfig, device: torch.device, processes: Alone = AL
             mtp=config.model.num_nextn_predict_layers > 0,
             keep_quantized=base == "released",
             progress=advance,
+            spread=processes.spread,
         )
     if differing := [key for key, value in asdict(config.model).items() if asdict(model.config)[key] != value]:
         key = differing[0]

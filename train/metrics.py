@@ -22,6 +22,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from .config import Preempted
+
 GROUPS = ("train", "validation", "data", "moe", "attn", "mhc", "optim", "stability", "system")
 
 Row = dict[str, float | int]
@@ -107,6 +109,8 @@ class EventLog:
         """Tells what ended the block, if it was an exception."""
         try:
             yield
+        except Preempted:  # has its own event
+            raise
         except BaseException as error:
             kind = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             reason = " ".join(str(error).split())[:200]

@@ -1,20 +1,20 @@
 """Many processes on one model: which one this is, its groups, and what the processes do together.
 
 DeepSpeed is the engine: it joins the processes, makes the groups of experts, runs backward passes and steps, and, where
-AdamW trains alone, may partition its state (ZeRO). Ours are the way of tokens to experts (`ExpertDispatcher`), the
+AdamW trains alone, may partition its state (ZeRO). Ours are the way of tokens to experts (`dispatch.py`), the
 owners of parameters (`optim/ownership.py`, `optim/exchange.py`) and checkpoints. A run of one process is `Alone`, and
-imports none of it.
+imports none of DeepSpeed.
 
 Consecutive processes hold different experts (an expert-parallel group) and share rows (a context-parallel group).
 Losses are sums over a process's own tokens, divided by counts of all; so gradients are sums over processes.
-Shapes: M tokens of a process, K experts per token, D hidden, E experts, R rows that a process gets for its experts.
 """
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,8 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from ..kernels.norm import at_least_fp32
-from ..kernels.router import expert_load
 from ..model.config import LoRAConfig
 from ..model.lora import lora_parameters, peft_files
 from ..model.memory import Layout
@@ -32,11 +30,12 @@ from ..model.released import checkpoint_tensors, first_expert
 from ..model.transformer import Transformer
 from ..optim.config import OptimConfig
 from ..optim.exchange import Exchange
-from ..optim.groups import MUON_GROUPS, GroupRow, Optimizers, build_optimizers, group_of
+from ..optim.groups import EXPERTS, MUON_GROUPS, GroupRow, Optimizers, build_optimizers, group_of
 from ..optim.ownership import Item, Ownership, assign
 from .checkpoint import TrainState, split_experts
 from .checkpoint_writer import Snapshot, whole_snapshot
 from .config import ConfigError, ParallelConfig, StoppedElsewhere, TrainConfig
+from .dispatch import ExpertDispatcher, keep_experts, mark
 from .planning import Placement, why_impossible
 
 T = TypeVar("T")
@@ -149,7 +148,9 @@ class Together(Alone):
         self._control = dist.new_group(backend="gloo", timeout=timedelta(minutes=config.timeout_minutes))
         self.ownership: Ownership | None = None
         self.dispatchers: list[ExpertDispatcher] = []
-        self._experts = self._holders = dist.group.WORLD
+        self._everybody: Any = dist.group.WORLD
+        self._experts: Any = self._everybody
+        self._holders: Any = self._everybody
         if self.expert > 1:
             groups = self._deepspeed.utils.groups
             name = f"ep_size_{self.expert}"
@@ -157,7 +158,8 @@ class Together(Alone):
             self._experts = groups._get_expert_parallel_group(name)
             self._holders = groups._get_expert_data_parallel_group(name)
         self._engine: Any = None
-        self._client: _Client
+        self._client: _Client | None = None
+        self._table: list[GroupRow] = []
         self._exchanges: list[Exchange] = []
 
     def total(self, numbers: Tensor) -> Tensor:
@@ -203,12 +205,12 @@ class Together(Alone):
         return result
 
     def table(self, optimizers: Optimizers) -> list[GroupRow]:
-        assert self.ownership is not None
-        return optimizers.table()
+        return self._table
 
     def __str__(self) -> str:
-        assert self.ownership is not None
         sizes = f"{self.world}: experts over {self.expert}, rows over {self.context}"
+        if self.ownership is None:
+            return f"{sizes}; optimizer state over all by ZeRO, stage {self.config.zero}"
         return f"{sizes}; owners of parameters: {self.ownership.balance()}"
 
     def forward(self, function: Callable[..., T], *arguments: Any) -> T:
@@ -220,23 +222,29 @@ class Together(Alone):
         if last:
             for index, exchange in enumerate(self._exchanges):
                 exchange.watch(hash((self.seed, self.steps, self.rank, index)) % 2**63)
-        self._engine.backward(loss, scale_wrt_gas=False)
+        # DeepSpeed reduces to means; ours is a sum.
+        self._engine.backward(loss * self.world if self.config.zero else loss, scale_wrt_gas=False)
 
     def step(self, optimizers: Optimizers, lr: float, found_inf: Tensor) -> None:
-        self._client.update = partial(optimizers.step, lr, found_inf)
-        self._engine.step()
+        if self._client is None:
+            optimizers.step(lr, found_inf)  # steps the engine
+        else:
+            self._client.update = partial(optimizers.step, lr, found_inf)
+            self._engine.step()
 
     def spread(self, model: Transformer) -> None:
         if self.expert == 1:
             return
         for module in list(model.modules()):
             if isinstance(module, Experts):
-                _keep(module, self.rank % self.expert, self.expert)
+                keep_experts(module, self.rank % self.expert, self.expert)
             elif isinstance(module, MoE):
                 module.dispatcher = ExpertDispatcher(self._experts, model.config.n_routed_experts)
                 self.dispatchers.append(module.dispatcher)
 
     def held(self, model: Transformer, optimizers: Optimizers) -> dict[str, range | None]:
+        if self.config.zero:
+            return super().held(model, optimizers)
         shards = {name: shard for exchange in self._exchanges for name, shard in exchange.shards.items()}
         return {name: _numbers(model, name, shard.first, shard.parameter) for name, shard in shards.items()}
 
@@ -245,16 +253,22 @@ class Together(Alone):
     ) -> Snapshot:
         held = self.held(model, optimizers)
         numbers = {name: found for name, found in held.items() if found is not None}
+        mine = set(split_experts({name: p for name, p in optimizers.parameters.items() if self._writes(name)}, numbers))
         states = split_experts(optimizers.state_tensors(), numbers)
+        states = {name: state for name, state in states.items() if name.partition(".")[2] in mine}
         if adapter is not None:
             values = {name: self._whole(name, p.detach()) for name, p in lora_parameters(model).items()}
             settings, tensors = peft_files(model, *adapter, values)
             return Snapshot(tensors if self.first else {}, states, state, model.config, settings)
-        mine = set(split_experts(dict(optimizers.parameters), numbers))
         # Buffers, and copies that a release has of a matrix, are the same in all processes.
         shared = {name for name, _ in model.named_buffers()} | set(model.origin.copies) if self.first else set()
         tensors = {name: t for name, t in checkpoint_tensors(model).items() if name in mine | shared}
         return Snapshot(tensors, states, state, model.config)
+
+    def _writes(self, name: str) -> bool:
+        """Whether a checkpoint gets a parameter of ``optimizers`` from this process: its owner, or under ZeRO, where
+        several hold it, the first of them."""
+        return not self.config.zero or self.rank < (self.expert if ".experts." in name else 1)
 
     def _whole(self, name: str, tensor: Tensor) -> Tensor:
         """Of a stack of experts those of all processes."""
@@ -269,16 +283,19 @@ class Together(Alone):
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if self.expert > 1:
             for name, parameter in trained.items():
-                if ".experts." in name:  # how DeepSpeed tells an expert's parameter
-                    parameter.allreduce, parameter.group_name = False, f"ep_size_{self.expert}"  # type: ignore[attr-defined]
+                if ".experts." in name:
+                    mark(parameter, self.expert)
         splits = model.row_splits()
         items = [item_of(name, p, splits, config) for name, p in trained.items()]
+        if self.config.zero:
+            return self._zero(model, build_optimizers(trained.items(), splits, config, total=self.total))
         self.ownership = assign(items, self.world, self.expert)
         both = (
-            ({name: p for name, p in trained.items() if ".experts." not in name}, dist.group.WORLD),
+            ({name: p for name, p in trained.items() if ".experts." not in name}, self._everybody),
             ({name: p for name, p in trained.items() if ".experts." in name}, self._holders),
         )
         # Experts are held by processes `expert` apart; an owner's place is its number among them.
+        self._table = self._whole_model(build_optimizers(trained.items(), splits, config))
         dtype = torch.bfloat16 if self.config.gradients == "bf16" else torch.float32
         self._exchanges = [
             Exchange(held, self.ownership.pieces, group, self.config.bucket_mb * 1e6, dtype) for held, group in both
@@ -286,8 +303,32 @@ class Together(Alone):
         owned = {name: shard.parameter for exchange in self._exchanges for name, shard in exchange.shards.items()}
         known = {name: rows for name, rows in splits.items() if name in owned}
         optimizers = build_optimizers(owned.items(), known, config, self._exchanges, self.total)
-        self._engine, self._client = _engine(self._deepspeed, model)
+        self._client = _client_of(model)
+        self._engine = _engine(self._deepspeed, model, self._client, {"stage": 0})
         return optimizers
+
+    def _whole_model(self, optimizers: Optimizers) -> list[GroupRow]:
+        """The table of optimizers of what this process holds, with all experts."""
+        every = self.expert
+        return [
+            replace(row, matrices=row.matrices * every, parameters=row.parameters * every)
+            if row.group == EXPERTS
+            else row
+            for row in optimizers.table()
+        ]
+
+    def _zero(self, model: Transformer, plain: Optimizers) -> Optimizers:
+        from .zero import ZeroOptimizers, grouped  # imports DeepSpeed
+
+        self._table = self._whole_model(plain)
+        zero = {
+            "stage": self.config.zero,
+            "compute_grad_norm": False,
+            "overlap_comm": False,
+            "reduce_bucket_size": int(self.config.bucket_mb * 1e6 / 4),
+        }
+        self._engine = _engine(self._deepspeed, model, grouped(plain), zero)
+        return ZeroOptimizers(plain, self._engine)
 
     def close(self, error: object) -> None:
         if error is None:
@@ -396,203 +437,23 @@ class _Client(torch.optim.Optimizer):
         self.update()
 
 
-def _engine(deepspeed: Any, model: Transformer) -> tuple[Any, _Client]:
+def _client_of(model: Transformer) -> _Client:
     trained = [p for p in model.parameters() if p.requires_grad]
+    dense, experts = ([p for p in trained if getattr(p, "allreduce", True) is each] for each in (True, False))
+    return _Client([{"params": params} for params in (dense, experts) if params], {})
+
+
+def _engine(deepspeed: Any, model: Transformer, optimizer: torch.optim.Optimizer, zero: dict[str, Any]) -> Any:
     config = {
         "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": {"stage": 0},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
         "gradient_clipping": 0.0,
         "steps_per_print": 10**12,
     }
-    dense, experts = ([p for p in trained if getattr(p, "allreduce", True) is each] for each in (True, False))
-    client = _Client([{"params": params} for params in (dense, experts) if params], {})
-    engine, *_ = deepspeed.initialize(model=_Function(model), optimizer=client, config=config)
-    engine.enable_backward_allreduce = False  # gradients go to their owners
-    assert engine.has_moe_layers or not experts  # else it would add up gradients of different experts
-    return engine, client
-
-
-# Experts.
-
-
-def _keep(experts: Experts, place: int, expert: int) -> None:
-    """Leaves the process at ``place`` of an expert-parallel group its share, and tells DeepSpeed."""
-    from deepspeed.moe.layer import MoE as DeepSpeedMoE
-
-    class SpreadExperts(Experts, DeepSpeedMoE):
-        """DeepSpeed knows a layer of experts by its class."""
-
-        def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
-            """The groups are there already."""
-
-    total = len(experts.w1)
-    count = total // expert
-    experts.first = place * count
-    for name, parameter in list(experts.named_parameters()):
-        kept = Parameter(parameter.detach()[experts.first : experts.first + count].clone(), parameter.requires_grad)
-        owner, _, leaf = name.rpartition(".")
-        experts.get_submodule(owner).register_parameter(leaf, kept)
-    for name, buffer in list(experts.named_buffers()):
-        owner, _, leaf = name.rpartition(".")
-        experts.get_submodule(owner).register_buffer(leaf, buffer[experts.first : experts.first + count].clone())
-    experts.__class__ = SpreadExperts
-    experts.num_experts, experts.num_local_experts, experts.ep_size = total, count, expert  # type: ignore[assignment]
-    experts.expert_group_name = f"ep_size_{expert}"  # type: ignore[assignment]
-
-
-class ExpertDispatcher:
-    """Sends every copy of a token to the process that has its expert, and what comes of it back; nothing is dropped,
-    nothing padded, and a process may get no token at all.
-
-    Copies leave sorted by expert, and in the order of tokens within one, so that counts tell what they are. The sum
-    over a token's experts is made where the token is, in the order in which it chose them, as in one process.
-
-    Attributes:
-        sent: bytes that this process has sent so far, by what they were: ``tokens`` (to experts, and their gradients)
-            and ``results`` (back, and their gradients).
-    """
-
-    def __init__(self, group: dist.ProcessGroup, experts: int) -> None:
-        self._group, self._experts = group, experts
-        self.sent = {"tokens": 0, "results": 0}
-
-    def send(self, x: Tensor, ids: Tensor, weights: Tensor) -> "_Sent":
-        size = dist.get_world_size(self._group)
-        order = ids.flatten().argsort(stable=True)
-        slot = torch.empty_like(order)
-        slot[order] = torch.arange(len(order), device=order.device)
-        counts = expert_load(ids, self._experts)
-        theirs = torch.empty_like(counts)
-        dist.all_to_all_single(theirs, counts, group=self._group)
-        outgoing, incoming = torch.stack((counts, theirs)).view(2, size, -1).sum(2).tolist()
-        there = _Journey(self._group, outgoing, incoming, self.sent, "tokens")
-        rows = _Copies.apply(x, order // ids.shape[1], slot.view_as(ids))
-        scales = weights.flatten()[order].unsqueeze(1)
-        return _Sent(there, *_Departure.apply(there, rows, scales), theirs, slot.view_as(ids), order // ids.shape[1])
-
-    def finish(self, sent: "_Sent", experts: Experts) -> tuple[Tensor, Tensor]:
-        there = sent.journey
-        rows, scales = _Arrival.apply(there, sent.rows, sent.scales)
-        size = dist.get_world_size(self._group)
-        local = torch.arange(self._experts // size, device=rows.device).repeat(size)
-        ids = local.repeat_interleave(sent.counts, output_size=len(rows)).unsqueeze(1)
-        made, clamped = experts(rows, ids, scales)
-        back = _Journey(self._group, there.incoming, there.outgoing, self.sent, "results")
-        # Experts compute in the dtype of their tokens, so nothing is lost on the way.
-        results = _Return.apply(back, made.to(rows.dtype))
-        return _Sum.apply(results, sent.source, sent.slot), clamped
-
-
-class _Journey:
-    """One exchange of rows within a group, and its way back in the backward pass."""
-
-    def __init__(
-        self, group: dist.ProcessGroup, outgoing: list[int], incoming: list[int], sent: dict[str, int], kind: str
-    ) -> None:
-        self.group, self.outgoing, self.incoming = group, outgoing, incoming
-        self._sent, self._kind = sent, kind
-        self._here = dist.get_rank(group)
-        self.pending: list[tuple[Any, Tensor, Tensor]] = []
-
-    def go(self, *tensors: Tensor, back: bool = False) -> tuple[Tensor, ...]:
-        """Sends rows; what comes in is there after ``wait``."""
-        outgoing, incoming = (self.incoming, self.outgoing) if back else (self.outgoing, self.incoming)
-        received = []
-        for rows in tensors:
-            rows = rows.contiguous()
-            new = rows.new_empty(sum(incoming), *rows.shape[1:])
-            work = dist.all_to_all_single(new, rows, incoming, outgoing, group=self.group, async_op=True)
-            self._sent[self._kind] += (len(rows) - outgoing[self._here]) * rows[:1].numel() * rows.element_size()
-            self.pending.append((work, rows, new))  # what travels must not be freed
-            received.append(new)
-        return tuple(received)
-
-    def wait(self) -> tuple[Tensor, ...]:
-        """What has come in."""
-        received = []
-        for work, _, new in self.pending:
-            work.wait()
-            received.append(new)
-        self.pending = []
-        return tuple(received)
-
-
-class _Sent(NamedTuple):
-    journey: _Journey
-    rows: Tensor  # [R, D], being received
-    scales: Tensor  # [R, 1], likewise
-    counts: Tensor  # [E] rows from each process for each expert that is here, process by process
-    slot: Tensor  # [M, K] place of a token's copies among the rows that left
-    source: Tensor  # [M K] token of each of them
-
-
-class _Departure(torch.autograd.Function):
-    """Rows on their way. What is computed until ``_Arrival`` is computed meanwhile, forward and backward: there the
-    gradients leave at ``_Arrival`` and are waited for here."""
-
-    @staticmethod
-    def forward(ctx: Any, journey: _Journey, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.journey = journey
-        return journey.go(*tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *ctx.journey.wait()
-
-
-class _Arrival(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, journey: _Journey, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.journey = journey
-        journey.wait()
-        return tuple(tensor.view_as(tensor) for tensor in tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.journey.go(*gradients, back=True)
-        return None, *gradients  # in their place; what comes in has other sizes, and goes past autograd
-
-
-class _Return(torch.autograd.Function):
-    """Rows there and, backward, back, waited for at once."""
-
-    @staticmethod
-    def forward(ctx: Any, journey: _Journey, rows: Tensor) -> Tensor:
-        ctx.journey = journey
-        journey.go(rows)
-        (received,) = journey.wait()
-        return received
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.journey.go(gradient, back=True)
-        return None, *ctx.journey.wait()
-
-
-class _Copies(torch.autograd.Function):
-    """``[M, D]`` to the copies ``[M K, D]`` of which ``source [M K]`` tells the token, ``slot [M, K]`` the place."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, source: Tensor, slot: Tensor) -> Tensor:
-        ctx.save_for_backward(slot)
-        return x.index_select(0, source)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (slot,) = ctx.saved_tensors
-        return F.embedding_bag(slot, at_least_fp32(gradient), mode="sum").to(gradient.dtype), None, None
-
-
-class _Sum(torch.autograd.Function):
-    """The other way: the sum over a token's copies, ``[M, D]``, at least float32."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, source: Tensor, slot: Tensor) -> Tensor:
-        ctx.save_for_backward(source)
-        ctx.dtype = rows.dtype
-        return F.embedding_bag(slot, at_least_fp32(rows), mode="sum")
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (source,) = ctx.saved_tensors
-        return gradient.to(ctx.dtype).index_select(0, source), None, None
+    engine, *_ = deepspeed.initialize(model=_Function(model), optimizer=optimizer, config=config)
+    if not zero["stage"]:
+        engine.enable_backward_allreduce = False  # gradients go to their owners
+    spread = any(not getattr(p, "allreduce", True) for p in model.parameters())
+    assert engine.has_moe_layers or not spread  # else it would add up gradients of different experts
+    return engine

@@ -1,0 +1,183 @@
+"""`openv4 train` on several processes: the run's folder, resume on another number, signals, processes that die."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from run_cases import OVERRIDES, STEPS, contents, rows, summary
+from safetensors.torch import load_file
+
+from openv4.train.checkpoint import verify
+from openv4.train.metrics import read_lines
+
+COMMAND = [str(Path(sys.executable).parent / "openv4"), "train", *OVERRIDES, "optim.adamw.eps=1e-6"]
+SECONDS = 120
+
+
+def command(data: Path, output: Path, *overrides: str) -> list[str]:
+    return [*COMMAND, f"data={data}", f"output={output}", *overrides]
+
+
+def run(data: Path, output: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command(data, output, *overrides), capture_output=True, text=True, timeout=SECONDS, env=environment, check=False
+    )
+
+
+def spread(nproc: int, expert: int) -> list[str]:
+    return [f"parallel.nproc={nproc}", f"parallel.expert={expert}"]
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    verify(checkpoint)
+    return {name: tensor for file in checkpoint.glob("model*.safetensors") for name, tensor in load_file(file).items()}
+
+
+@pytest.fixture(scope="module")
+def alone(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("alone") / "run"
+    result = run(small_data, output, "checkpoint.every=4")
+    assert result.returncode == 0, result.stderr
+    return output
+
+
+@pytest.fixture(scope="module")
+def spread_run(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two processes with two experts each, never interrupted."""
+    output = tmp_path_factory.mktemp("spread") / "run"
+    result = run(small_data, output, "checkpoint.every=4", *spread(2, 2))
+    assert result.returncode == 0, result.stderr
+    return output
+
+
+def test_a_run_of_two_processes_is_that_of_one(alone: Path, spread_run: Path) -> None:
+    """To the rounding of sums, which two updates make more of; exactly in what is counted."""
+    ours, theirs = rows(spread_run), rows(alone)
+    assert [set(row) for row in ours] == [set(row) for row in theirs]
+    counted = ("step", "tokens", "data/", "train/stage", "train/batch", "train/sequence", "stability/skipped")
+    for mine, other in zip(ours, theirs, strict=True):
+        for key, value in other.items():
+            if key.startswith(counted):
+                assert mine[key] == value, key
+            elif key.startswith(("train/loss", "train/mtp_loss", "train/grad_norm", "validation/")):
+                assert mine[key] == pytest.approx(value, rel=2e-4), key
+    assert summary(spread_run)["validation/loss"] == pytest.approx(summary(alone)["validation/loss"], rel=2e-4)
+    found = weights(spread_run / "checkpoints" / f"step_{STEPS}")
+    for name, tensor in weights(alone / "checkpoints" / f"step_{STEPS}").items():
+        assert found.pop(name).shape == tensor.shape
+    assert not found
+
+
+@pytest.mark.parametrize(("nproc", "expert"), [(1, 1), (2, 1)])
+def test_resumes_on_other_numbers_of_processes(
+    nproc: int, expert: int, small_data: Path, spread_run: Path, tmp_path: Path
+) -> None:
+    """From two processes with experts spread; the steps after the checkpoint have the losses that they had there."""
+    output = tmp_path / "run"
+    result = run(small_data, output, "checkpoint.every=4", "steps=4", *spread(2, 2))
+    assert result.returncode == 0, result.stderr
+    before = weights(output / "checkpoints" / "step_4")
+    wanted = weights(spread_run / "checkpoints" / "step_4")
+    assert all(torch.equal(before[name], tensor) for name, tensor in wanted.items())
+    result = run(small_data, output, "checkpoint.every=4", *spread(nproc, expert))
+    assert result.returncode == 0, result.stderr
+    assert "resumed at step 4" in result.stdout
+    for mine, other in zip(rows(output)[4:], rows(spread_run)[4:], strict=True):
+        assert mine["train/loss"] == pytest.approx(other["train/loss"], rel=2e-4)
+    assert rows(output)[4]["train/loss"] == pytest.approx(rows(spread_run)[4]["train/loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_stops_and_the_same_command_goes_on(
+    number: signal.Signals, small_data: Path, spread_run: Path, tmp_path: Path
+) -> None:
+    """The rows, the weights and the optimizer's state are to the bit those of a run that was not interrupted."""
+    output = tmp_path / "run"
+    process = subprocess.Popen(
+        command(small_data, output, "checkpoint.every=4", *spread(2, 2)),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    deadline = time.monotonic() + SECONDS
+    while not (output / "metrics.jsonl").exists() or not read_lines(output / "metrics.jsonl"):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(number)
+    text, _ = process.communicate(timeout=SECONDS)
+    assert process.returncode == 85, text
+    assert "saved; the same command goes on" in text
+    stopped = len(read_lines(output / "metrics.jsonl"))
+    assert 0 < stopped < STEPS and (output / "checkpoints" / f"step_{stopped}").is_dir()
+    result = run(small_data, output, "checkpoint.every=4", *spread(2, 2))
+    assert result.returncode == 0, result.stderr
+    assert rows(output) == rows(spread_run)
+    last = f"step_{STEPS}"
+    ours, theirs = (contents(folder / "checkpoints" / last) for folder in (output, spread_run))
+    assert ours == theirs
+    kinds = [event["kind"] for event in read_lines(output / "events.jsonl")]
+    assert kinds.count("preempted") == kinds.count("resume") == 1 and "failed" not in kinds
+
+
+def test_a_process_that_dies_ends_the_run_and_is_named(small_data: Path, spread_run: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    process = subprocess.Popen(
+        command(small_data, output, "checkpoint.every=2", "steps=100000", *spread(2, 2)),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    deadline = time.monotonic() + SECONDS
+    while not (output / "checkpoints" / "latest").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    victim = next(c for c in children if "RANK=1" in Path(f"/proc/{c}/environ").read_text().split("\0"))
+    os.kill(int(victim), signal.SIGKILL)
+    begun = time.monotonic()
+    text, _ = process.communicate(timeout=SECONDS)
+    assert time.monotonic() - begun < 30
+    assert process.returncode == 128 + signal.SIGKILL
+    assert "process 1 of 2 was ended by SIGKILL; the others were stopped" in text
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+    name = (output / "checkpoints" / "latest").read_text().strip()
+    verify(output / "checkpoints" / name)
+
+
+def test_what_cannot_be_spread_is_refused_in_one_line(small_data: Path, tmp_path: Path) -> None:
+    for overrides, reason in (
+        (spread(2, 4), "parallel.expert=4 does not divide the run's 2 processes"),
+        (spread(3, 3), "expert=3 does not divide the 4 routed experts"),
+        (["parallel.nproc=4"], "a step has 2 rows"),
+    ):
+        result = run(small_data, tmp_path / "run", *overrides)
+        assert result.returncode == 2 and reason in result.stderr
+        assert len(result.stderr.splitlines()) == 1
+        assert not (tmp_path / "run").exists()
+
+
+def test_asynchronous_saves_change_nothing(small_data: Path, spread_run: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    result = run(small_data, output, "checkpoint.every=4", "checkpoint.asynchronous=true", *spread(2, 2))
+    assert result.returncode == 0, result.stderr
+    ours, theirs = (contents(folder / "checkpoints") for folder in (output, spread_run))
+    assert ours == theirs
+    events = [event["text"] for event in read_lines(output / "events.jsonl") if event["kind"] == "checkpoint"]
+    assert events == ["step_4", f"step_{STEPS}"]
+
+
+def test_torchrun_starts_a_run(small_data: Path, spread_run: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    launcher = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node=2", "--no-python"]
+    result = subprocess.run(
+        [*launcher, *command(small_data, output, "checkpoint.every=4", "parallel.expert=2")],
+        capture_output=True, text=True, timeout=SECONDS, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert rows(output) == rows(spread_run)
+    assert len(re.findall("tokens trained", result.stdout)) == 1  # one process speaks
+    assert json.loads((output / "summary.json").read_text())["step"] == STEPS
