@@ -596,6 +596,17 @@ def test_a_file_system_that_is_full(tmp_path: Path) -> None:
         subprocess.run(["umount", str(small)], check=True)
 
 
+def test_a_step_that_is_passed_again(tmp_path: Path) -> None:
+    """A run that went back: the second checkpoint of a step takes the place of the first."""
+    for seed in (0, 1):
+        save_dealt(tmp_path, snapshot_of(seed, step=5), 2)
+        (tmp_path / ".step_5-old").mkdir(exist_ok=True)
+        (tmp_path / ".step_5-old" / "left").touch()
+    model = trained(1)[0]
+    assert equal(load_pretrained(tmp_path / "step_5", torch.float32).state_dict(), model.state_dict())
+    verify(tmp_path / "step_5")
+
+
 # Writers that are killed.
 
 

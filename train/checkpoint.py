@@ -235,7 +235,8 @@ class Checkpoint:
                 ) from None
 
     def weights(self, held: Mapping[str, Sequence[int] | None]) -> dict[str, Tensor]:
-        """The float32 weights of parameters (not of adapters), as ``join_experts`` puts them together.
+        """The float32 weights of parameters (not of adapters), as ``join_experts`` puts them together; to be copied,
+        for some are views of the files.
 
         Args:
             held: by parameter name, the global numbers of the experts that it stacks, None for one that is no stack.

@@ -190,12 +190,11 @@ class CheckpointWriter:
             return
         temporary, own = _temporary(self._work.folder), isinstance(stopped, CheckpointError)
         self._deadline = min(self._deadline, time.monotonic() + (0.0 if own else _GRACE))
-        alone = self._thread is None
         failure = self._finish()
         if failure is not None and not own:
             stopped.add_note(str(failure))
-        if own or alone:
-            _abandon(temporary, self.processes.rank, str(stopped))
+        if self.processes.rank == 0:
+            _abandon(temporary, 0, str(stopped))  # if it was not published meanwhile
 
     def _finish(self) -> CheckpointError | None:
         """The end of the save under way, and its error."""
@@ -261,7 +260,9 @@ class CheckpointWriter:
             path.unlink()
         sync(temporary)
         if work.folder.exists():  # damaged, or of a run that went back and passes this step again
-            shutil.rmtree(work.folder.rename(self.checkpoints / f".{work.folder.name}-old"))
+            old = self.checkpoints / f".{work.folder.name}-old"
+            shutil.rmtree(old, ignore_errors=True)
+            shutil.rmtree(work.folder.rename(old))
         temporary.rename(work.folder)
         self._published.append(work.folder)
         try:
