@@ -142,7 +142,7 @@ class Compressor(nn.Module):
         self.simulate: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, x: Tensor, geometry: Geometry, cache: CompressorCache | None = None) -> Tensor:
-        """Entries of ``x [B, T, D]``; with a cache, those of all tokens so far; of a part, those of its row to its end."""
+        """Entries of ``x [B, T, D]``; with a cache, of all tokens so far; of a part of its row, to the part's end."""
         wide = at_least_fp32(x)  # pooling runs in float32, as in the official code
         kv, gate, blocks, again = self.wkv(wide), self.wgate(wide), geometry.blocks[self.ratio], 0
         if cache is not None:  # the blocks that x completes, in a row that begins with their earlier tokens

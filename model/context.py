@@ -23,8 +23,8 @@ class Neighbours(Protocol):
     size: int  # parts of a row
 
     def before(self, rows: Tensor, count: int) -> Tensor:
-        """The last ``count`` tokens of the part before, ``[B, count, C]``, zeros before the first part; ``rows [B, L, C]``
-        are this process's part. Their gradient goes back to where they are from."""
+        """The last ``count`` tokens of the part before, ``[B, count, C]``, zeros before the first part. ``rows`` are
+        this process's part, ``[B, L, C]``. Their gradient goes back to where they are from."""
 
     def gather(self, rows: Tensor) -> Tensor:
         """``rows`` of all parts, in order, ``[size, *rows.shape]``. The gradients that they get in all processes are

@@ -28,12 +28,12 @@ class ContextGroup:
     def before(self, rows: Tensor, count: int) -> Tensor:
         """The last ``count`` tokens of the part before, ``[B, count, C]``; zeros before the first part."""
         last = rows[:, rows.shape[1] - count :]
-        halo: Tensor = _Before.apply(last, self) if count else last
+        halo: Tensor = _Before.apply(last, self) if count else last  # type: ignore[no-untyped-call]
         return halo
 
     def gather(self, rows: Tensor) -> Tensor:
         """``rows`` of all parts, ``[size, *rows.shape]``."""
-        everywhere: Tensor = _Gather.apply(rows, self)
+        everywhere: Tensor = _Gather.apply(rows, self)  # type: ignore[no-untyped-call]
         return everywhere
 
     def shift(self, rows: Tensor, step: int) -> Tensor:
