@@ -91,7 +91,7 @@ def part_bounds(config: ModelConfig, length: int, neighbours: Neighbours | None)
     if length % size:
         raise ValueError(f"context={size} does not divide rows of {length} tokens; choose a size that does")
     part = length // size
-    if size > 1 and part < least:
+    if part < least:
         raise ValueError(
             f"context={size} leaves {part} tokens of a row to each process, a window or block reaches over {least}; "
             f"use rows of at least {size * least} tokens or fewer processes for each"

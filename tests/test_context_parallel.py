@@ -1,0 +1,230 @@
+"""Processes that share rows compute what one process does: outputs, losses, gradients; over gloo."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from context_cases import LENGTH, MIXED, SPARSE, Case, changed, compute, random_case
+from model_cases import random_config, random_model
+from process_cases import run_processes
+from torch import Tensor
+
+from openv4.kernels.balance import balance_loss
+from openv4.kernels.dispatch import using
+from openv4.kernels.documents import find_documents
+from openv4.model import ModelConfig
+from openv4.model.config import AttentionMode, Recompute
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+LEAKING = Case(6, MIXED, dtype=torch.float32)
+DOCUMENT = 6  # of LEAKING's first row: 30 tokens in two parts of 40, or in three of 20
+CASES = [
+    Case(0, MIXED, "sparse", "none"),
+    Case(1, SPARSE, "sparse", "full"),
+    Case(2, MIXED, "dense", "selective"),
+    Case(3, SPARSE, "indexer_warmup", "none"),
+    Case(4, MIXED, "dense", "full", torch.float32),
+    Case(5, MIXED, "sparse", "selective", torch.float32, indexer=False),
+    LEAKING,
+    changed(LEAKING, DOCUMENT),
+]
+
+
+class Shared:
+    """Results of the quick cases, by one process and by the parts that several have."""
+
+    def __init__(self) -> None:
+        self.whole = [compute(case) for case in CASES]
+        found = run_processes("context_cases:compute_quick", 4, CASES, LEAKING, DOCUMENT)
+        self.touched = found[0][1]
+        self.parts = collect([result for result, _ in found])
+
+
+def collect(found: list[dict[tuple[int, int], Any]]) -> dict[tuple[int, int], list[dict[str, Any]]]:
+    """By size and case, what the processes that share its rows have, in their order."""
+    keys = sorted({key for result in found for key in result})
+    return {key: [result[key] for result in found if key in result] for key in keys}
+
+
+@pytest.fixture(scope="module")
+def shared() -> Shared:
+    return Shared()
+
+
+def assert_equal(parts: list[dict[str, Any]], whole: dict[str, Any], case: Case) -> None:
+    """Rounding of sums in another order: 1e-16 in float64 and 6e-8 in float32, amplified by the normalisations of a few
+    layers. The largest number of a tensor is its scale, and for gradients also a hundredth of the largest of all: small
+    ones are what is left of larger ones (a router that chooses one expert has weights of 1, and pure rounding)."""
+    rounding = 1e-11 if case.dtype == torch.float64 else 2e-5
+
+    def check(name: str, ours: Tensor, theirs: Tensor, size: float = 0.0) -> None:
+        scale = max(float(theirs.abs().max()), 1e-2 * size)
+        assert ours.dtype == theirs.dtype and float((ours - theirs).abs().max()) <= rounding * scale, name
+
+    for name, theirs in whole["parts"].items():
+        check(name, torch.cat([part["parts"][name] for part in parts], 1), theirs)
+    for name, theirs in whole["sums"].items():
+        check(name, torch.stack([part["sums"][name] for part in parts]).sum(0), theirs, 1e-9)
+    for name, theirs in whole["load"].items():
+        assert torch.equal(torch.stack([part["load"][name] for part in parts]).sum(0), theirs), name
+    largest = max(float(gradient.abs().max()) for gradient in whole["gradients"].values())
+    for part in parts:
+        assert part["gradients"].keys() == whole["gradients"].keys()
+        assert part["statistics"].keys() == whole["statistics"].keys()
+    for name, theirs in whole["gradients"].items():
+        check(name, torch.stack([part["gradients"][name] for part in parts]).sum(0), theirs, largest)
+
+
+@pytest.mark.parametrize("number", range(len(CASES)))
+@pytest.mark.parametrize("size", [2, 4])
+def test_parts_of_rows_equal_whole_rows(shared: Shared, size: int, number: int) -> None:
+    """Logits, token losses and MTP streams of each position; sums of every loss; load; every parameter's gradient."""
+    assert len(shared.parts[size, number]) == size
+    assert_equal(shared.parts[size, number], shared.whole[number], CASES[number])
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_nothing_crosses_a_document_border(shared: Shared, size: int) -> None:
+    """Other tokens in one document change no other document's logits, losses or MTP streams, in any process: bit for
+    bit. (Row 1 is one document, and loses or wins nothing by what happens in row 0.)"""
+    before, after = (shared.parts[size, CASES.index(case)] for case in (LEAKING, changed(LEAKING, DOCUMENT)))
+    _, segments, _ = LEAKING.batch()
+    others = segments != DOCUMENT
+    for name in ("logits", "token losses", "mtp streams"):
+        one, other = (torch.cat([part["parts"][name] for part in parts], 1) for parts in (before, after))
+        assert torch.equal(one[others], other[others]), name
+        assert not torch.equal(one[~others], other[~others]), name
+
+
+def test_gradients_stay_within_a_document(shared: Shared) -> None:
+    """Streams of a document in three parts have gradients to the embeddings of its own tokens alone."""
+    tokens, segments, _ = LEAKING.batch()
+    assert shared.touched == sorted(set(tokens[0, segments[0] == DOCUMENT].tolist()))
+
+
+def halos_and_entries(config: ModelConfig, case: Case, size: int) -> Iterator[tuple[int, int, int]]:
+    """For each exchange, the bytes to the next part, the bytes to every other part, and how often it happens forward;
+    then how often backward."""
+    rows, part, width = len(case.rows), LENGTH // size, case.dtype.itemsize
+    warmup = case.attention == "indexer_warmup"
+    blocks = config.num_hidden_layers + (not warmup)
+    forward = 1 + (case.recompute != "none" and not warmup)
+    trains = case.indexer or warmup
+    for layer, (kind, ratio) in enumerate(zip(config.kinds[:blocks], config.compress_ratios[:blocks], strict=True)):
+        yield rows * (config.sliding_window - 1) * config.head_dim * width, 0, (forward, not warmup)
+        overlap, wide = kind == "csa", max(width, 4)
+        dims = [(config.head_dim, not warmup)] if ratio else []
+        if overlap and (case.attention == "sparse" or trains):
+            dims.append((config.index_head_dim, trains))
+        for dim, learns in dims:
+            halo = rows * ((1 + overlap) * ratio - 1) * 2 * (1 + overlap) * dim * wide
+            yield halo, rows * -(-part // ratio) * dim * width, (forward, learns)
+        if layer >= config.num_hash_layers:
+            yield 0, rows * 2 * (config.n_routed_experts + 1) * 8, (1, 0)
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 3, 5])
+@pytest.mark.parametrize("size", [2, 4])
+def test_bytes_sent_are_those_of_the_formula(shared: Shared, size: int, number: int) -> None:
+    """docs/cluster.md: a part sends its halos to the next one and their gradients to the one before; entries, and what
+    they get as gradients, go to all others."""
+    case = CASES[number]
+    config = case.model().config
+    for rank, part in enumerate(shared.parts[size, number]):
+        sent = 0
+        for halo, entries, (forward, backward) in halos_and_entries(config, case, size):
+            sent += halo * (forward * (rank + 1 < size) + backward * (rank > 0))
+            sent += entries * (size - 1) * (forward + backward)
+        assert part["sent"] == sent, rank
+
+
+class Alone:
+    """What the first of two processes has of the other one where nothing is to be seen of it: for errors."""
+
+    rank, size = 0, 3
+
+    def before(self, rows: Tensor, count: int) -> Tensor:
+        raise AssertionError
+
+    def gather(self, rows: Tensor) -> Tensor:
+        raise AssertionError
+
+
+def test_rows_that_cannot_be_shared_are_refused() -> None:
+    config = random_config(3, sliding_window=8, compress_ratios=(5, 16, 0), num_hidden_layers=2, layer_types=())
+    model = random_model(config, 0)
+    model.context = Alone()
+    with pytest.raises(ValueError, match="context=3 does not divide rows of 50 tokens; choose"):
+        model(torch.zeros(1, 50, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"context=3 leaves 15 tokens .* over 16; use rows of at least 48 tokens"):
+        model(torch.zeros(1, 45, dtype=torch.long))
+
+
+def test_a_part_holds_all_that_the_next_one_looks_back_to() -> None:
+    assert random_config(0, compress_ratios=(0,) * 9, num_hidden_layers=8, layer_types=()).shortest_part in (
+        1,
+        3,
+        8,
+        17,
+    )
+    kinds = {"num_hidden_layers": 2, "layer_types": (), "sliding_window": 3}
+    assert random_config(0, compress_ratios=(4, 0, 0), **kinds).shortest_part == 7
+    assert random_config(0, compress_ratios=(4, 16, 0), **kinds).shortest_part == 16
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_balance_loss_of_parts(kernels: Any) -> None:
+    """Parts of rows that know what is elsewhere of the documents at their ends add up to the loss and its gradient."""
+    generator = torch.Generator().manual_seed(0)
+    segments = torch.tensor([[0] * 90 + [1] * 10 + [2] * 140 + [-1] * 60, [0] * 300, list(range(300))])
+    documents = find_documents(segments)
+    scores = torch.rand(3, 300, 7, generator=generator, requires_grad=True)
+    best = scores.detach().topk(2).indices
+    whole = balance_loss(scores, best, documents.first, documents.valid)
+    (expected,) = torch.autograd.grad(whole, scores)
+
+    total, gradients = torch.zeros(()), []
+    for start in (0, 100, 200):
+        part = slice(start, start + 100)
+        elsewhere = torch.zeros(3, 2, 8, dtype=torch.long)
+        ends = documents.first[:, [start, start + 99]]
+        for row in range(3):
+            for end in range(1 if ends[row, 0] == ends[row, 1] else 2):
+                others = (documents.first[row] == ends[row, end]) & documents.valid[row]
+                others[part] = False
+                elsewhere[row, end, :-1] = torch.bincount(best[row, others].flatten(), minlength=7)
+                elsewhere[row, end, -1] = others.sum()
+        own = scores.detach()[:, part].clone().requires_grad_()
+        with using(kernels):
+            first, valid = documents.first[:, part] - start, documents.valid[:, part]
+            loss = balance_loss(own, best[:, part], first, valid, elsewhere)
+            gradients += torch.autograd.grad(loss, own)
+        total = total + loss
+    torch.testing.assert_close(total, whole.detach(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(torch.cat(gradients, 1), expected, rtol=1e-4, atol=1e-7)
+
+
+# The widest.
+
+
+@pytest.mark.slow
+def test_random_models_and_rows() -> None:
+    cases = [random_case(seed) for seed in range(100, 130)]
+    parts = collect(run_processes("context_cases:compute_shared", 4, cases, [2, 4], timeout=600))
+    for (_, number), found in parts.items():
+        assert_equal(found, compute(cases[number]), cases[number])
+    assert len(parts) == 2 * len(cases)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["sparse", "dense", "indexer_warmup"])
+def test_triton(attention: AttentionMode) -> None:
+    """Kernels in the interpreter, in two processes, against torch in one."""
+    recompute: Recompute = "full" if attention == "sparse" else "none"
+    fixed = {"hc_sinkhorn_iters": 2, "compress_ratios": (3, 8, 0), "layer_types": (), "num_hidden_layers": 2}
+    fixed |= {"layer_types": ("compressed_sparse_attention", "heavily_compressed_attention")}
+    case = Case(9, MIXED, attention, recompute, torch.float32, kernels="triton", fixed=fixed)
+    (parts,) = collect(run_processes("context_cases:compute_shared", 2, [case], [2], timeout=600)).values()
+    assert_equal(parts, compute(Case(**{**vars(case), "kernels": "torch"})), case)
