@@ -35,6 +35,7 @@ class Case:
     dtype: torch.dtype = torch.float64
     indexer: bool = True
     kernels: Choice = "auto"
+    length: int = LENGTH
     changed: int | None = None  # the document of each row that gets other tokens
     fixed: dict[str, Any] = field(default_factory=dict)
 
@@ -47,7 +48,7 @@ class Case:
     def batch(self) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens, segments, and which tokens are trained on, ``[B, T]`` each."""
         generator, vocabulary = torch.Generator().manual_seed(self.seed), self.model().config.vocab_size
-        tokens = torch.randint(0, vocabulary, (len(self.rows), LENGTH), generator=generator)
+        tokens = torch.randint(0, vocabulary, (len(self.rows), self.length), generator=generator)
         segments = torch.full_like(tokens, -1)
         for row, lengths in enumerate(self.rows):
             names = torch.tensor([number if length > 0 else -1 for number, length in enumerate(lengths)])

@@ -1,6 +1,6 @@
 """Processes that share rows compute what one process does: outputs, losses, gradients; over gloo."""
 
-from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,11 +13,12 @@ from torch import Tensor
 from openv4.kernels.balance import balance_loss
 from openv4.kernels.dispatch import using
 from openv4.kernels.documents import find_documents
-from openv4.model import ModelConfig
-from openv4.model.config import AttentionMode, Recompute
+from openv4.model.config import AttentionMode
+from openv4.train.planning import context_exchanges
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+MODES: tuple[AttentionMode, ...] = ("sparse", "indexer_warmup")
 LEAKING = Case(6, MIXED, dtype=torch.float32)
 DOCUMENT = 6  # of LEAKING's first row: 30 tokens in two parts of 40, or in three of 20
 CASES = [
@@ -104,40 +105,20 @@ def test_gradients_stay_within_a_document(shared: Shared) -> None:
     assert shared.touched == sorted(set(tokens[0, segments[0] == DOCUMENT].tolist()))
 
 
-def halos_and_entries(config: ModelConfig, case: Case, size: int) -> Iterator[tuple[int, int, int]]:
-    """For each exchange, the bytes to the next part, the bytes to every other part, and how often it happens forward;
-    then how often backward."""
-    rows, part, width = len(case.rows), LENGTH // size, case.dtype.itemsize
-    warmup = case.attention == "indexer_warmup"
-    blocks = config.num_hidden_layers + (not warmup)
-    forward = 1 + (case.recompute != "none" and not warmup)
-    trains = case.indexer or warmup
-    for layer, (kind, ratio) in enumerate(zip(config.kinds[:blocks], config.compress_ratios[:blocks], strict=True)):
-        yield rows * (config.sliding_window - 1) * config.head_dim * width, 0, (forward, not warmup)
-        overlap, wide = kind == "csa", max(width, 4)
-        dims = [(config.head_dim, not warmup)] if ratio else []
-        if overlap and (case.attention == "sparse" or trains):
-            dims.append((config.index_head_dim, trains))
-        for dim, learns in dims:
-            halo = rows * ((1 + overlap) * ratio - 1) * 2 * (1 + overlap) * dim * wide
-            yield halo, rows * -(-part // ratio) * dim * width, (forward, learns)
-        if layer >= config.num_hash_layers:
-            yield 0, rows * 2 * (config.n_routed_experts + 1) * 8, (1, 0)
-
-
 @pytest.mark.parametrize("number", [0, 1, 2, 3, 5])
 @pytest.mark.parametrize("size", [2, 4])
-def test_bytes_sent_are_those_of_the_formula(shared: Shared, size: int, number: int) -> None:
-    """docs/cluster.md: a part sends its halos to the next one and their gradients to the one before; entries, and what
-    they get as gradients, go to all others."""
+def test_bytes_sent_are_those_that_a_plan_expects(shared: Shared, size: int, number: int) -> None:
+    """A part sends its halos to the next one and their gradients to the one before; entries, and what they get as
+    gradients, go to all others."""
     case = CASES[number]
-    config = case.model().config
+    config, warmup = case.model().config, case.attention == "indexer_warmup"
+    blocks, width, replay = config.num_hidden_layers + (not warmup), case.dtype.itemsize, case.recompute != "none"
+    shape = blocks, len(case.rows), LENGTH // size, width
+    exchanges = list(context_exchanges(config, *shape, case.attention, case.indexer, replay))
     for rank, part in enumerate(shared.parts[size, number]):
-        sent = 0
-        for halo, entries, (forward, backward) in halos_and_entries(config, case, size):
-            sent += halo * (forward * (rank + 1 < size) + backward * (rank > 0))
-            sent += entries * (size - 1) * (forward + backward)
-        assert part["sent"] == sent, rank
+        halos = sum(e.halo * (e.forward * (rank + 1 < size) + e.backward * (rank > 0)) for e in exchanges)
+        entries = sum(e.entries * (size - 1) * (e.forward + e.backward) for e in exchanges)
+        assert part["sent"] == halos + entries, rank
 
 
 class Alone:
@@ -219,12 +200,13 @@ def test_random_models_and_rows() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("attention", ["sparse", "dense", "indexer_warmup"])
-def test_triton(attention: AttentionMode) -> None:
+def test_triton() -> None:
     """Kernels in the interpreter, in two processes, against torch in one."""
-    recompute: Recompute = "full" if attention == "sparse" else "none"
-    fixed = {"hc_sinkhorn_iters": 2, "compress_ratios": (3, 8, 0), "layer_types": (), "num_hidden_layers": 2}
-    fixed |= {"layer_types": ("compressed_sparse_attention", "heavily_compressed_attention")}
-    case = Case(9, MIXED, attention, recompute, torch.float32, kernels="triton", fixed=fixed)
-    (parts,) = collect(run_processes("context_cases:compute_shared", 2, [case], [2], timeout=600)).values()
-    assert_equal(parts, compute(Case(**{**vars(case), "kernels": "torch"})), case)
+    fixed: dict[str, Any] = {"num_hidden_layers": 2, "layer_types": (), "sliding_window": 3, "hc_sinkhorn_iters": 2}
+    fixed |= {"compress_ratios": (4, 8, 0), "n_routed_experts": 4, "num_experts_per_tok": 2, "hidden_size": 24}
+    fixed |= {"num_attention_heads": 2, "o_groups": 1}
+    rows = ((1, 3, 18, 1, 5),)
+    cases = [Case(9, rows, a, "none", torch.float32, kernels="triton", length=32, fixed=fixed) for a in MODES]
+    parts = collect(run_processes("context_cases:compute_shared", 2, cases, [2], timeout=600))
+    for (_, number), found in parts.items():
+        assert_equal(found, compute(replace(cases[number], kernels="torch")), cases[number])
