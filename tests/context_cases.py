@@ -33,6 +33,7 @@ class Case:
     attention: AttentionMode = "sparse"
     recompute: Recompute = "none"
     dtype: torch.dtype = torch.float64
+    streams: torch.dtype | None = None  # None: the same
     indexer: bool = True
     kernels: Choice = "auto"
     length: int = LENGTH
@@ -42,7 +43,7 @@ class Case:
     def model(self) -> Transformer:
         config = random_config(self.seed + 700, **{"index_topk": 3, "num_hash_layers": 1} | self.fixed)
         model = random_model(config, self.seed).to(self.dtype)
-        model.recompute = self.recompute
+        model.recompute, model.compute_dtype = self.recompute, self.streams
         return model
 
     def batch(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,6 +75,7 @@ def random_case(seed: int) -> Case:
         rng.choice(["sparse", "sparse", "dense", "indexer_warmup"]),
         rng.choice(["none", "selective", "full"]),
         indexer=rng.random() < 0.7,
+        kernels=rng.choice(["torch", "torch", "reference"]),
         fixed={"num_hash_layers": rng.choice([0, 1]), "num_nextn_predict_layers": 1},
     )
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from context_cases import LENGTH, MIXED, SPARSE, Case, changed, compute, random_case
-from model_cases import random_config, random_model
+from model_cases import random_config, random_model, relative_rms
 from process_cases import run_processes
 from torch import Tensor
 
@@ -31,14 +31,15 @@ CASES = [
     LEAKING,
     changed(LEAKING, DOCUMENT),
 ]
+BF16 = Case(7, MIXED, "sparse", "full", torch.float32, torch.bfloat16)
 
 
 class Shared:
     """Results of the quick cases, by one process and by the parts that several have."""
 
     def __init__(self) -> None:
-        self.whole = [compute(case) for case in CASES]
-        found = run_processes("context_cases:compute_quick", 4, CASES, LEAKING, DOCUMENT)
+        self.whole = [compute(case) for case in (*CASES, BF16)]
+        found = run_processes("context_cases:compute_quick", 4, [*CASES, BF16], LEAKING, DOCUMENT)
         self.touched = found[0][1]
         self.parts = collect([result for result, _ in found])
 
@@ -84,6 +85,21 @@ def test_parts_of_rows_equal_whole_rows(shared: Shared, size: int, number: int) 
     """Logits, token losses and MTP streams of each position; sums of every loss; load; every parameter's gradient."""
     assert len(shared.parts[size, number]) == size
     assert_equal(shared.parts[size, number], shared.whole[number], CASES[number])
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_bfloat16(shared: Shared, size: int) -> None:
+    """Halos, entries and their gradients travel as they are, and each process rounds its own sums. From float32's the
+    gradient is as far as that of one process: other roundings, a tenth of it at most."""
+    whole, parts = shared.whole[len(CASES)], shared.parts[size, len(CASES)]
+    for name, theirs in whole["sums"].items():
+        assert relative_rms(torch.stack([part["sums"][name] for part in parts]).sum(0), theirs) < 1e-2, name
+
+    def flat(results: list[dict[str, Any]]) -> Tensor:
+        return sum(torch.cat([g.flatten() for g in result["gradients"].values()]) for result in results)  # type: ignore
+
+    exact = flat([compute(replace(BF16, streams=None))])
+    assert relative_rms(flat(parts), exact) < 1.1 * relative_rms(flat([whole]), exact)
 
 
 @pytest.mark.parametrize("size", [2, 4])
