@@ -641,9 +641,10 @@ def hybrid_attention(
     a group of a few hundred tokens: the backward pass computes the scores once more.
 
     Args:
-        q: ``[B, T, H, C]``; kv: ``[B, P + T, C]``, key and value at once, those of P < W earlier tokens first (none in
-            training); sink: ``[H]``, a logit that enters only the denominator; first: ``[B, T]``, first token of each
-            token's document, negative for an earlier one; window: W, the token itself included.
+        q: ``[B, T, H, C]``; kv: ``[B, P + T, C]``, key and value at once, those of P < W earlier tokens first (none
+            where one process trains on whole rows); sink: ``[H]``, a logit that enters only the denominator; first:
+            ``[B, T]``, first token of each token's document, negative for an earlier one; window: W, the token itself
+            included.
         entries: ``[B, N, C]`` compressed keys/values, with ``blocks`` saying who may see which; None for window only.
         selected: ``[B, T, k]`` the entries to attend to, -1 for none; None attends to every visible one.
 

@@ -16,7 +16,7 @@ from .router import MOST_EXPERTS, expert_tile
 CHUNK = 128  # tokens of a row that one program sums; a document's sum adds such parts in their order
 
 
-def balance_loss(scores: Tensor, best: Tensor, first: Tensor, valid: Tensor) -> Tensor:
+def balance_loss(scores: Tensor, best: Tensor, first: Tensor, valid: Tensor, elsewhere: Tensor | None = None) -> Tensor:
     """Sequence-wise balance loss of each document times its tokens, summed over the documents, 0-dim.
 
     For a document of n tokens, sum_e f_e P_e with f_e = E / (K n) * #(tokens whose K best scores include e) and
@@ -26,20 +26,32 @@ def balance_loss(scores: Tensor, best: Tensor, first: Tensor, valid: Tensor) -> 
     Args:
         scores: ``[B, T, E]``; best: ``[B, T, K]`` int64, the K best experts by score, all different.
         first: ``[B, T]`` first token of each token's document; valid: ``[B, T]``.
+        elsewhere: ``[B, 2, E + 1]`` int64, of rows that are parts of longer ones: what the other parts have of the
+            documents of the part's first and last token, namely how often each expert is among the best, and tokens; 0
+            for the second if it is the first. ``first`` is then negative where a document begins in another part, and
+            the result is what the part's scores add to the loss of whole rows.
     """
+    if elsewhere is not None:
+        first = first.clamp(min=0)
     experts = scores.shape[-1]
     if scores.numel() and best.numel() and experts <= MOST_EXPERTS and implementation(scores) == "triton":
-        loss: Tensor = _Balance.apply(scores, best, first, valid)
+        loss: Tensor = _Balance.apply(scores, best, first, valid, elsewhere)
         return loss
     row = torch.arange(first.shape[0], device=scores.device).unsqueeze(1)
     document = (first + row * first.shape[1])[valid]  # a document's id is the flat index of its first token
-    size = document.unique_consecutive(return_counts=True)[1]
+    known, size = document.unique_consecutive(return_counts=True)
     if not len(size):  # segment_reduce refuses an empty batch
         return scores.sum() * 0.0
     scores = scores[valid]  # [tokens, E], the documents one after another
     chosen = torch.zeros_like(scores).scatter(1, best[valid], 1.0)
     times = torch.segment_reduce(chosen, "sum", lengths=size)  # [documents, E]
     mass = torch.segment_reduce(scores / scores.sum(-1, keepdim=True), "sum", lengths=size)
+    if elsewhere is not None:
+        ends = (first[:, [0, -1]] + row * first.shape[1]).flatten()
+        at = torch.searchsorted(known, ends).clamp(max=len(known) - 1)
+        more = elsewhere.flatten(0, 1) * (known[at] == ends).unsqueeze(1)  # no document is one of padding
+        times = times.index_add(0, at, more[:, :-1].to(times.dtype))
+        size = size.index_add(0, at, more[:, -1])
     # n * (E / (K n)) * times * (mass / n)
     total: Tensor = ((times * mass).sum(-1) / size).sum() * (experts / best.shape[-1])
     return total
@@ -132,7 +144,9 @@ def _balance_slopes_kernel(
 
 class _Balance(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, best: Tensor, first: Tensor, valid: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, scores: Tensor, best: Tensor, first: Tensor, valid: Tensor, elsewhere: Tensor | None
+    ) -> Tensor:
         scores, best, first = scores.float().contiguous(), best.contiguous(), first.contiguous()
         valid = valid.contiguous().view(torch.uint8)
         (rows, length, experts), k = scores.shape, best.shape[-1]
@@ -144,6 +158,11 @@ class _Balance(torch.autograd.Function):
             scores, best, first, valid, mass, times, sizes, length, experts, chunks,
             K=k, LANES=CHUNK, **tile,
         )  # fmt: skip
+        if elsewhere is not None:  # joins the first part of its document
+            row = torch.arange(0, rows * length, length, device=first.device).unsqueeze(1)
+            at, more = (first[:, [0, -1]] + row).flatten(), elsewhere.flatten(0, 1)
+            times.view(-1, experts).index_add_(0, at, more[:, :-1].to(times.dtype))
+            sizes.view(-1).index_add_(0, at, more[:, -1].to(sizes.dtype))
         _documents_kernel[(rows * length,)](
             first,
             mass,
@@ -170,4 +189,4 @@ class _Balance(torch.autograd.Function):
         _balance_slopes_kernel[(triton.cdiv(tokens, tile["ROWS"]),)](
             scores, first, valid, slope, gradient.contiguous(), to_scores, tokens, length, experts, **tile
         )
-        return to_scores, None, None, None
+        return to_scores, None, None, None, None

@@ -7,17 +7,7 @@ tokens of each row, P tokens before them, N compressed entries of the document s
 import torch
 from torch import Tensor
 
-from .documents import Blocks, Documents
-
-
-class _LaterBlocks(Blocks):
-    """Blocks of which some lie before the row, so that its length does not bound them."""
-
-    __slots__ = ()
-
-    def span(self, start: int, stop: int) -> tuple[int, int]:
-        # The row's last token sees all entries; what earlier ones see follows without asking the device.
-        return 0, self.start.shape[1] - (self.end.shape[1] - stop) // self.ratio
+from .documents import Blocks, Documents, LaterBlocks
 
 
 def continue_documents(tokens: Tensor, past: int) -> Documents:
@@ -35,4 +25,4 @@ def continue_blocks(documents: Documents, past: int, ratio: int) -> Blocks:
     position = documents.position
     rows, length = position.shape
     entry = torch.arange((past + length) // ratio, device=position.device).expand(rows, -1)
-    return _LaterBlocks(entry * ratio - past, entry > 0, torch.zeros_like(position), (position + 1) // ratio, ratio)
+    return LaterBlocks(entry * ratio - past, entry > 0, torch.zeros_like(position), (position + 1) // ratio, ratio)

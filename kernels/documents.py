@@ -42,6 +42,16 @@ class Blocks(NamedTuple):
         return min(low, high), high
 
 
+class LaterBlocks(Blocks):
+    """Blocks of which some lie before the row, so that its length does not bound them."""
+
+    __slots__ = ()
+
+    def span(self, start: int, stop: int) -> tuple[int, int]:
+        # The row's last token may see all entries; what earlier ones see follows without asking the device.
+        return 0, self.start.shape[1] - (self.end.shape[1] - stop) // self.ratio
+
+
 def find_documents(segments: Tensor) -> Documents:
     """A new document begins wherever ``segments [B, T]`` changes; -1 marks padding."""
     index = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)

@@ -103,7 +103,7 @@ class _IndexerLoss(torch.autograd.Function):
             entropy = torch.xlogy(target, target).sum()
             sums[0] += entropy - torch.where(target > 0, target * log_softmax, 0.0).sum()
             seen = (view.hidden == 0).sum(-1, keepdim=True)
-            sums[1] += entropy + torch.where(chosen, seen, 1).log().sum()
+            sums[1] += entropy + torch.where(chosen, seen, 1).to(lse.dtype).log().sum()
             tokens += chosen.sum()
             if learns:
                 slope = torch.where(chosen, log_softmax.exp_() - target, 0.0).unsqueeze(2)  # [B, t, 1, n]

@@ -18,9 +18,11 @@ from ..kernels.documents import Blocks, Documents, find_blocks, find_documents
 from ..kernels.indexer import select_entries
 from ..kernels.indexer_loss import Attended, IndexerLoss, indexer_loss, selection_recall
 from ..kernels.norm import at_least_fp32
+from ..kernels.parts import part_blocks, part_documents
 from ..kernels.rope import apply_rope, norm_rope, rope_frequencies, rope_table
 from .cache import CompressorCache, LayerCache, pending
 from .config import AttentionMode, ModelConfig
+from .context import Neighbours, Part
 from .layers import GroupedLinear, Linear, RMSNorm
 from .recompute import Route
 
@@ -59,16 +61,32 @@ class Geometry:
     blocks: dict[int, Blocks]  # by compression ratio
     entry_rope: dict[int, RopeTable]  # by ratio: at the first token of each new entry's own block
     past: int = 0  # tokens of each row's document that are in a cache
+    part: Part | None = None  # of rows that several processes share; all else is then of this part
 
     @classmethod
-    def of(cls, config: ModelConfig, segments: Tensor, positions: Tensor | None = None) -> "Geometry":
-        """From ``segments [B, T]``; ``positions [B, T]`` default to each token's place in its document."""
+    def of(
+        cls,
+        config: ModelConfig,
+        segments: Tensor,
+        positions: Tensor | None = None,
+        neighbours: Neighbours | None = None,
+    ) -> "Geometry":
+        """From ``segments [B, T]``; ``positions [B, T]`` default to each token's place in its document.
+
+        With neighbours, that of this process's part of these rows.
+        """
         documents = find_documents(segments)
         blocks = {ratio: find_blocks(documents, ratio) for ratio in set(config.compress_ratios) - {0}}
         if positions is None:
             positions = documents.position
-        entries = {ratio: positions.gather(1, b.start) for ratio, b in blocks.items()}
-        return cls._at(config, documents, blocks, positions, entries)
+        if neighbours is None:
+            entries = {ratio: positions.gather(1, b.start) for ratio, b in blocks.items()}
+            return cls._at(config, documents, blocks, positions, entries)
+        part = Part.of(config, neighbours, documents, blocks)
+        own = part.start, part.stop
+        entries = {ratio: positions.gather(1, share.token) for (ratio, _), share in part.shares.items()}
+        blocks = {ratio: part_blocks(b, *own) for ratio, b in blocks.items()}
+        return cls._at(config, part_documents(documents, *own), blocks, positions[:, slice(*own)], entries, part=part)
 
     @classmethod
     def after(cls, config: ModelConfig, tokens: Tensor, past: int) -> "Geometry":
@@ -87,6 +105,7 @@ class Geometry:
         positions: Tensor,
         entries: dict[int, Tensor],
         past: int = 0,
+        part: Part | None = None,
     ) -> "Geometry":
         yarn = config.rope_scaling
         plain = rope_frequencies(config.qk_rope_head_dim, config.rope_theta)
@@ -102,6 +121,7 @@ class Geometry:
             blocks,
             {ratio: rope_table(start, scaled) for ratio, start in entries.items()},
             past,
+            part,
         )
 
 
@@ -122,7 +142,7 @@ class Compressor(nn.Module):
         self.simulate: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, x: Tensor, geometry: Geometry, cache: CompressorCache | None = None) -> Tensor:
-        """Entries of ``x [B, T, D]``; with a cache, those of all tokens so far."""
+        """Entries of ``x [B, T, D]``; with a cache, of all tokens so far; of a part of its row, to the part's end."""
         wide = at_least_fp32(x)  # pooling runs in float32, as in the official code
         kv, gate, blocks, again = self.wkv(wide), self.wgate(wide), geometry.blocks[self.ratio], 0
         if cache is not None:  # the blocks that x completes, in a row that begins with their earlier tokens
@@ -131,11 +151,19 @@ class Compressor(nn.Module):
             kv, gate = cache.kv.extend(kv, keep), cache.gate.extend(gate, keep)
             new = slice(geometry.past // self.ratio - again, None)
             blocks = blocks._replace(start=blocks.start[:, new] + carried, chained=blocks.chained[:, new])
+        part, share = geometry.part, None
+        if part is not None:  # blocks may begin in the part before
+            share = part.shares[self.ratio, self.overlap]
+            both, blocks, again = torch.cat((kv, gate), 2), share.blocks, share.skip
+            kv, gate = torch.cat((part.neighbours.before(both, share.reach), both), 1).chunk(2, 2)
         norm, rope = self.norm, geometry.entry_rope[self.ratio]
         entries = compress_entries(kv, gate, self.ape, blocks, self.overlap, norm.weight, norm.eps, rope, skip=again)
         entries = entries.to(x.dtype)
         if self.simulate is not None:
             entries = self.simulate(entries)
+        if part is not None and share is not None:
+            everywhere = part.neighbours.gather(entries).flatten(0, 2)
+            entries = everywhere.index_select(0, share.place.flatten()).view(*share.place.shape, -1)
         return entries if cache is None else cache.entries.append(entries)
 
 
@@ -209,6 +237,8 @@ class Attention(nn.Module):
             kv = self.simulate(kv)
         if cache is not None:
             kv = cache.window.extend(kv, self.window - 1)
+        if geometry.part is not None:
+            kv = torch.cat((geometry.part.neighbours.before(kv, self.window - 1), kv), 1)
         entries = blocks = selected = report = None
         index: tuple[Tensor, Tensor, Tensor] | None = None
         if self.compressor is not None:

@@ -147,6 +147,13 @@ class ModelConfig:
             return tuple(LAYER_TYPES[t] for t in self.layer_types)
         return tuple("swa" if r == 0 else "csa" if r == 4 else "hca" for r in self.compress_ratios)
 
+    @property
+    def shortest_part(self) -> int:
+        """Tokens that each part of a row must have: all that its first token looks back to, beside compressed entries,
+        then lies in the part before. A block that overlaps looks back to the whole of the block before it."""
+        kinds = zip(self.kinds, self.compress_ratios, strict=True)
+        return max(self.sliding_window, *(2 * ratio - 1 if kind == "csa" else ratio for kind, ratio in kinds))
+
     @classmethod
     def from_json(cls, path: str | Path) -> "ModelConfig":
         """Reads a ``config.json`` in the released form or as transformers writes it (or a folder that holds one)."""

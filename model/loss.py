@@ -83,7 +83,8 @@ def training_losses(
     statistics: bool = False,
     trained: Tensor | None = None,
 ) -> Losses:
-    """Runs the model on ``tokens [B, T]`` packed as ``segments [B, T]`` says, and sums its losses.
+    """Runs the model on ``tokens [B, T]`` packed as ``segments [B, T]`` says, and sums its losses: in a model with a
+    context, those of this process's part of the rows.
 
     ``trained [B, T]`` bool are the tokens whose prediction counts (None: all): a chat's replies, not its prompts. The
     losses of router and indexer are over all tokens: prompts pass through both.
@@ -97,12 +98,13 @@ def training_losses(
         model.gauge.start()
     with torch.set_grad_enabled(torch.is_grad_enabled() and not warmup):
         output = model.run(tokens, segments, task=task, mtp=mtp and not warmup)
-        targets = shifted_targets(tokens, segments, 1, trained)
+        targets = model.part(shifted_targets(tokens, segments, 1, trained))
         main = linear_cross_entropy(model.hidden(output.streams), model.head.weight, targets)
         mtp_sum = main.new_zeros(())
         if output.mtp_streams is not None:
             hidden = model.hidden(output.mtp_streams, model.mtp[0])
-            mtp_sum = linear_cross_entropy(hidden, model.head.weight, shifted_targets(tokens, segments, 2, trained))
+            targets = model.part(shifted_targets(tokens, segments, 2, trained))
+            mtp_sum = linear_cross_entropy(hidden, model.head.weight, targets)
     routing = {name: report.routing for name, report in output.reports.items()}
     indexers = [report.indexer for report in output.reports.values() if report.indexer is not None]
     zero = main.new_zeros(())
@@ -113,7 +115,7 @@ def training_losses(
         torch.stack([r.balance for r in routing.values()]).sum(),
         IndexerLoss(*(torch.stack(column).sum() for column in columns)),
         {name: r.load for name, r in routing.items()},
-        summarize(output.reports, segments >= 0) | recall_statistics(indexers) | model.gauge.take()
+        summarize(output.reports, model.part(segments >= 0)) | recall_statistics(indexers) | model.gauge.take()
         if statistics
         else {},
     )
@@ -122,9 +124,12 @@ def training_losses(
 def token_losses(
     model: Transformer, tokens: Tensor, segments: Tensor, attention: AttentionMode, trained: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """For evaluation: each token's next-token cross-entropy in nats ``[B, T]``, and the targets ``[B, T]``."""
+    """For evaluation: each token's next-token cross-entropy in nats ``[B, T]``, and the targets ``[B, T]``.
+
+    In a model with a context, those of this process's part of the rows.
+    """
     output = model.run(tokens, segments, task=AttentionTask(attention), mtp=False)
-    targets = shifted_targets(tokens, segments, 1, trained)
+    targets = model.part(shifted_targets(tokens, segments, 1, trained))
     return token_cross_entropy(model.hidden(output.streams), model.head.weight, targets), targets
 
 

@@ -15,6 +15,7 @@ from ..kernels.quantize import Quantized
 from ..kernels.router import expert_load, expert_weights, router_scores, top_experts
 from ..kernels.swiglu import clamp_hits, clamped_swiglu
 from .config import ModelConfig
+from .context import Part
 from .layers import Linear
 from .precision import RoundedWeight
 from .recompute import Route
@@ -147,8 +148,11 @@ class MoE(nn.Module):
         self.shared_experts = SharedExpert(config)
         self.dispatcher: Dispatcher = LocalDispatcher()
 
-    def forward(self, x: Tensor, tokens: Tensor, first: Tensor, valid: Tensor, route: Route) -> tuple[Tensor, Routing]:
-        """``tokens [B, T]`` for hash routing; ``first`` and ``valid`` ``[B, T]`` bound the documents (statistics)."""
+    def forward(
+        self, x: Tensor, tokens: Tensor, first: Tensor, valid: Tensor, route: Route, part: Part | None = None
+    ) -> tuple[Tensor, Routing]:
+        """``tokens [B, T]`` for hash routing; ``first`` and ``valid`` ``[B, T]`` bound the documents (statistics), of
+        which other parts of the rows may have more."""
         flat = x.flatten(0, 1)
         ids, weights, scores = self.gate(flat, tokens.flatten(), route)
         sent = self.dispatcher.send(flat, ids, weights)
@@ -159,7 +163,10 @@ class MoE(nn.Module):
         clamped = routed_clamped * share + shared_clamped * (1 - share)
         if self.gate.tid2eid is None:
             best = route.recall("balance", top_experts, scores.detach(), self.gate.top_k)
-            balance = balance_loss(scores.view(*tokens.shape, -1), best.view(*tokens.shape, -1), first, valid)
+            best, elsewhere = best.view(*tokens.shape, -1), None
+            if part is not None:
+                elsewhere = route.recall("elsewhere", part.count_elsewhere, best, first, valid, scores.shape[1])
+            balance = balance_loss(scores.view(*tokens.shape, -1), best, first, valid, elsewhere)
         else:
             balance = scores.new_zeros(())
         output = (routed + shared).to(x.dtype).view_as(x)

@@ -20,6 +20,7 @@ from ..kernels.norm import at_least_fp32
 from .attention import Attention, AttentionTask, Geometry, IndexerReport
 from .cache import Cache, LayerCache
 from .config import AttentionMode, ModelConfig, Recompute
+from .context import Neighbours, part_bounds
 from .layers import Linear, RMSNorm
 from .moe import MoE, Routing
 from .precision import Gauge
@@ -86,7 +87,7 @@ class Block(nn.Module):
         attention_residual = mixing.residual.detach()
         streams, x, mixing = mhc_post_pre(streams, output, mixing, *self._site("ffn"))
         documents = geometry.documents
-        output, routing = self.ffn(self.ffn_norm(x), tokens, documents.first, documents.valid, route)
+        output, routing = self.ffn(self.ffn_norm(x), tokens, documents.first, documents.valid, route, geometry.part)
         streams = mhc_post(streams, output, mixing)
         return streams, BlockReport(routing, sink, (attention_residual, mixing.residual.detach()), indexer)
 
@@ -123,6 +124,9 @@ class Transformer(nn.Module):
     ``compute_dtype`` is that of the residual streams and matrix products; None: that of the parameters. ``recompute``
     says what the blocks keep for the backward pass (``recompute.py``); it changes no result. ``gauge`` counts what
     low-precision products lose, where ``train.precision`` has set such.
+
+    With a ``context``, several processes share each row: all are given whole rows, and each computes its part of them,
+    so that T in what it returns is that of the part (``context.py``). Generation takes no notice of it.
     """
 
     def __init__(
@@ -132,6 +136,7 @@ class Transformer(nn.Module):
         self.config, self.compute_dtype, self.recompute = config, compute_dtype, recompute
         self.origin = Origin()
         self.gauge = Gauge()
+        self.context: Neighbours | None = None
         self.embed = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size), freeze=False)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -153,6 +158,9 @@ class Transformer(nn.Module):
             segments: ``[B, T]`` int, documents packed in a row, -1 for padding; None: each row is one document.
             positions: ``[B, T]`` int, for the rotary embedding; None: they restart with each document.
             attention: "sparse" makes CSA layers attend to the indexer's choice, the others to every visible entry.
+
+        Raises:
+            ValueError: the processes of the context cannot share rows of this length.
         """
         output = self.run(tokens, segments, positions, AttentionTask(attention), mtp=False)
         return self.logits(output.streams)
@@ -169,21 +177,27 @@ class Transformer(nn.Module):
         task = task or AttentionTask()
         if segments is None:
             segments = torch.zeros_like(tokens)
-        geometry = Geometry.of(self.config, segments, positions)
-        embedding, streams = self._begin(tokens)
+        geometry = Geometry.of(self.config, segments, positions, self.context)
+        own = self.part(tokens)
+        embedding, streams = self._begin(own)
         reports: dict[str, BlockReport] = {}
         for index, block in enumerate(self.layers):
-            streams, reports[f"layers.{index}"] = recomputed(self.recompute, block, streams, tokens, geometry, task)
+            streams, reports[f"layers.{index}"] = recomputed(self.recompute, block, streams, own, geometry, task)
         mtp_streams = None
         if mtp and self.mtp:
             block = self.mtp[0]
             assert isinstance(block, MTPBlock)
             # The last token of a document has no next one: it becomes padding, and no embedding crosses the border.
             has_next = F.pad(segments[:, 1:] == segments[:, :-1], (0, 1)) & (segments >= 0)
-            following = F.pad(embedding[:, 1:], (0, 0, 0, 1)) * has_next.unsqueeze(-1)
-            shortened = Geometry.of(self.config, segments.masked_fill(~has_next, -1), positions)
+            if geometry.part is None:
+                following = F.pad(embedding[:, 1:], (0, 0, 0, 1))
+            else:  # the part after begins with the next token; after the last one nothing does, and has_next says so
+                after = geometry.part.stop % tokens.shape[1]
+                following = torch.cat((embedding[:, 1:], self._embed(tokens[:, after, None])), 1)
+            following = following * self.part(has_next).unsqueeze(-1)
+            shortened = Geometry.of(self.config, segments.masked_fill(~has_next, -1), positions, self.context)
             mtp_streams = block.merge(streams, following)
-            mtp_streams, reports["mtp.0"] = recomputed(self.recompute, block, mtp_streams, tokens, shortened, task)
+            mtp_streams, reports["mtp.0"] = recomputed(self.recompute, block, mtp_streams, own, shortened, task)
         return Output(streams, mtp_streams, reports)
 
     @torch.no_grad()
@@ -217,8 +231,17 @@ class Transformer(nn.Module):
 
     def _begin(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Embedding ``[B, T, D]`` and the streams ``[B, T, S, D]`` that start from it."""
-        embedding = self.embed(tokens).to(self.compute_dtype or self.embed.weight.dtype)
+        embedding = self._embed(tokens)
         return embedding, embedding.unsqueeze(2).expand(-1, -1, self.config.hc_mult, -1).contiguous()
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        embedding: Tensor = self.embed(tokens)
+        return embedding.to(self.compute_dtype or self.embed.weight.dtype)
+
+    def part(self, rows: Tensor) -> Tensor:
+        """Of whole rows ``[B, T, ...]``, what this process computes: all without a context."""
+        start, stop = part_bounds(self.config, rows.shape[1], self.context)
+        return rows[:, start:stop]
 
     def hidden(self, streams: Tensor, owner: nn.Module | None = None) -> Tensor:
         """Input of the output head ``[B, T, D]``; ``owner`` (self or an MTP block) has the collapse and the norm."""

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..model.accounting import count_parameters, training_flops, training_flops_per_token
-from ..model.config import ModelConfig, Recompute
+from ..model.config import AttentionMode, ModelConfig, Recompute
 from ..model.memory import Layout, MemoryItem, training_memory
 from ..model.shapes import Shape, logical_rows, tensor_shapes
 from ..optim.ownership import newton_schulz_flops
@@ -117,7 +117,7 @@ def why_impossible(run: TrainConfig, stage: Stage, placement: Placement) -> str 
         return f"expert={layout.expert} does not divide the {run.model.n_routed_experts} routed experts"
     if stage.sequence_length % layout.context:
         return f"context={layout.context} does not divide rows of {stage.sequence_length:,} tokens"
-    block = max(run.model.sliding_window, *run.model.compress_ratios)
+    block = run.model.shortest_part
     part = stage.sequence_length // layout.context
     if layout.context > 1 and part < block:
         return f"context={layout.context} leaves {part} tokens of a row to each GPU, a block or window has {block}"
@@ -283,16 +283,12 @@ def _traffic(
             how,
         )
     if layout.context > 1:
-        kinds = list(zip(c.kinds, c.compress_ratios, strict=True))[:blocks]
-        part = placement.rows * stage.sequence_length / layout.context
-        entries = sum(
-            part / ratio * (c.head_dim + (c.index_head_dim if kind == "csa" else 0)) for kind, ratio in kinds if ratio
-        )
-        windows = len(kinds) * placement.rows * c.sliding_window * c.head_dim
-        ways = 1 if warmup else 3 + (placement.recompute != "none")  # entries, their gradients in float32, replay
-        sent = micro_batches * ways * width * (entries * (layout.context - 1) + windows)
-        near = (min(layout.context, per_node) - 1) / (layout.context - 1)
-        how = "every entry to the other ranks of its row, the last window to the next"
+        part, others = stage.sequence_length // layout.context, layout.context - 1
+        replay, trains = placement.recompute != "none", stage.indexer_weight > 0
+        exchanges = context_exchanges(c, blocks, placement.rows, part, width, stage.attention, trains, replay)
+        sent = micro_batches * sum((e.halo + others * e.entries) * (e.forward + e.backward) for e in exchanges)
+        near = (min(layout.context, per_node) - 1) / others
+        how = "every entry to the other ranks of its row, the last window to the next; gradients back"
         yield Traffic("compressed entries, windows", sent * near, sent * (1 - near), how)
     group = layout.gpus // layout.expert
     dense = sum(s.numel for s in _trained(run, stage) if s.copies == 1)
@@ -302,6 +298,47 @@ def _traffic(
         yield Traffic("dense gradients and weights", *spread(layout.gpus, (4 + width) * dense), how)
     if experts and group > 1:
         yield Traffic("experts' gradients and weights", *spread(group, (4 + width) * experts, layout.expert), how)
+
+
+class Exchange(NamedTuple):
+    """What processes that share rows send for one purpose: bytes that each sends, and how often in a micro-batch."""
+
+    halo: int  # to the part after; its gradient goes to the part before
+    entries: int  # to each of the other parts, and so does the gradient of what these have sent
+    forward: int  # replays included
+    backward: int
+
+
+def context_exchanges(
+    config: ModelConfig,
+    blocks: int,
+    rows: int,
+    part: int,
+    width: int,
+    attention: AttentionMode,
+    indexer: bool,
+    replay: bool,
+) -> Iterator[Exchange]:
+    """Of each of the first ``blocks`` blocks, parts of ``part`` tokens of ``rows`` rows each (recipe 10).
+
+    Args:
+        width: bytes of a number in activations; compressors pool in float32 or wider.
+        indexer: its loss is computed; the warm-up computes it in any case.
+        replay: the backward pass computes blocks again.
+    """
+    c, warmup = config, attention == "indexer_warmup"
+    forward, learns = 1 + (replay and not warmup), indexer or warmup
+    for layer, (kind, ratio) in enumerate(zip(c.kinds[:blocks], c.compress_ratios[:blocks], strict=True)):
+        yield Exchange(rows * (c.sliding_window - 1) * c.head_dim * width, 0, forward, int(not warmup))
+        halves = 1 + (kind == "csa")  # what overlapping blocks give to the next one and to their own
+        dims = [(c.head_dim, not warmup)] if ratio else []
+        if kind == "csa" and (attention == "sparse" or learns):
+            dims.append((c.index_head_dim, learns))
+        for dim, trained in dims:
+            halo = rows * (halves * ratio - 1) * 2 * halves * dim * max(width, 4)  # values and gates
+            yield Exchange(halo, rows * math.ceil(part / ratio) * dim * width, forward, int(trained))
+        if layer >= c.num_hash_layers:  # balance statistics of the documents at both ends, int64
+            yield Exchange(0, rows * 2 * (c.n_routed_experts + 1) * 8, 1, 0)
 
 
 def _update(run: TrainConfig, stage: Stage, cluster: Cluster) -> float:
