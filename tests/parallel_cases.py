@@ -1,22 +1,13 @@
-"""Training steps on several gloo processes, for comparison with one; the processes of a world serve all its cases.
+"""Training steps on several gloo processes, for comparison with one; the processes of a world serve all its cases."""
 
-Runs by itself in each process: `python parallel_cases.py RANK WORLD FOLDER`, cases in FOLDER/cases.json, results in
-FOLDER/<case>_<rank>.safetensors.
-"""
-
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from model_cases import random_config, random_model
+from process_cases import run_processes
 from run_cases import plan
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from openv4.data.loader import Batch
@@ -37,6 +28,7 @@ class Case:
 
     name: str
     expert: int = 1
+    context: int = 1
     seed: int = 0  # of the model's config and weights
     steps: int = 2
     rows: int = 4
@@ -47,8 +39,8 @@ class Case:
     clip: float | None = 1e9
     matrices: str = "muon"
     recompute: str = "none"
-    gradients: str = "fp32"
-    zero: int = 0
+    gradients: Literal["fp32", "bf16"] = "fp32"
+    zero: Literal[0, 1, 2] = 0
     first: float = 1e-5  # how far the gradients of the first step may be from those of one process, relative
     after: float = 1e-5  # the same of the losses of all steps; weights are allowed more
     starved: bool = False  # all tokens choose the first experts, so that the others get none
@@ -121,49 +113,19 @@ def alone(case: Case, together: int) -> dict[str, Tensor]:
     return run(case, ALONE, together)
 
 
-def launch(cases: Sequence[Case], world: int, folder: Path) -> dict[str, list[dict[str, Tensor]]]:
+def launch(cases: Sequence[Case], world: int) -> dict[str, list[dict[str, Tensor]]]:
     """Runs the cases in ``world`` processes; by case, what each process had."""
-    folder.mkdir(parents=True)
-    (folder / "cases.json").write_text(json.dumps([asdict(case) for case in cases]))
-    command = [sys.executable, "-P", __file__, str(world), str(folder)]
-    processes = []
-    for rank in range(world):
-        environment = os.environ | {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
-        }  # fmt: skip
-        log = (folder / f"log_{rank}").open("wb")
-        processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
-    try:
-        codes = [process.wait(SECONDS) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    logs = "".join(f"--- rank {rank}\n{(folder / f'log_{rank}').read_text()[-3000:]}" for rank in range(world))
-    assert codes == [0] * world, logs
-    return {
-        case.name: [load_file(folder / f"{case.name}_{rank}.safetensors") for rank in range(world)] for case in cases
-    }
+    ranks = run_processes("parallel_cases:run_all", world, cases, timeout=SECONDS)
+    return {case.name: [results[case.name] for results in ranks] for case in cases}
 
 
-def main(world: int, folder: Path) -> None:
-    torch.set_num_threads(1)
+def run_all(cases: Sequence[Case]) -> dict[str, dict[str, Tensor]]:
+    """In a process of a world."""
     torch.use_deterministic_algorithms(True)
-    rank = int(os.environ["RANK"])
-    # A file is the meeting place: no port is taken that another test may have.
-    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", "0"
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=world)
-    for values in json.loads((folder / "cases.json").read_text()):
-        case = Case(**values)
-        config = ParallelConfig(expert=case.expert, gradients=case.gradients, bucket_mb=0.02, zero=case.zero)  # type: ignore[arg-type]
-        processes = Together(config, case.seed, torch.device("cpu"))
-        save_file(
-            {k: v.contiguous() for k, v in run(case, processes).items()}, folder / f"{case.name}_{rank}.safetensors"
+    results = {}
+    for case in cases:
+        config = ParallelConfig(
+            expert=case.expert, context=case.context, gradients=case.gradients, bucket_mb=0.02, zero=case.zero
         )
-    processes.close(None)
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+        results[case.name] = run(case, Together(config, case.seed, torch.device("cpu")))
+    return results

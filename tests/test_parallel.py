@@ -30,6 +30,7 @@ CASES = {
         Case("adamw", expert=2, seed=9, matrices="adamw"),
         Case("fp4", expert=2, seed=10, rows=2, length=128, compute="fp4_qat", model=LOW, after=5e-3),
         Case("hashed", expert=2, seed=11, model=HASHED),
+        Case("shared", context=2, seed=21, length=40),
         Case("zero1", seed=18, matrices="adamw", zero=1, clip=0.5),
         Case("zero2", expert=2, seed=19, matrices="adamw", zero=2, rows=6, clip=0.5),
         Case("bf16", expert=2, seed=17, gradients="bf16", first=2**-6, after=0.05),  # two roundings of up to 2^-7
@@ -40,6 +41,7 @@ CASES = {
         Case("fours", expert=4, seed=14, rows=8),
         Case("starved", expert=4, seed=15, starved=True),
         Case("adamw", expert=2, seed=16, matrices="adamw"),
+        Case("shared", expert=2, context=2, seed=22, length=40, recompute="full"),
         Case("zero1", expert=2, seed=20, matrices="adamw", zero=1, clip=0.5),
     ],
 }
@@ -47,12 +49,8 @@ EACH = [(world, case) for world, cases in CASES.items() for case in cases]
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Tensor]]]:
-    return {
-        f"{world}-{name}": ranks
-        for world, cases in CASES.items()
-        for name, ranks in launch(cases, world, tmp_path_factory.mktemp("world") / "it").items()
-    }
+def found() -> dict[str, list[dict[str, Tensor]]]:
+    return {f"{world}-{name}": ranks for world, cases in CASES.items() for name, ranks in launch(cases, world).items()}
 
 
 @pytest.mark.parametrize(("world", "case"), EACH, ids=lambda value: getattr(value, "name", value))

@@ -104,8 +104,10 @@ class Meter:
         if compared:
             row |= {"attn/indexer_kl": kl / compared, "attn/indexer_kl_uniform": uniform / compared}
         if report.statistics:
-            means = self.processes.total(torch.stack([value.float() for value in report.statistics.values()]))
-            row |= dict(zip(report.statistics, (means / self.processes.world).tolist(), strict=True))
+            # A mean over processes, but those whose part of the rows is padding alone have none.
+            values = torch.stack([value.float() for value in report.statistics.values()])
+            sums = self.processes.total(torch.stack((values.nan_to_num(), (~values.isnan()).float())))
+            row |= dict(zip(report.statistics, (sums[0] / sums[1]).tolist(), strict=True))
         if row.pop("attn/indexer_recall_tokens", 1) == 0:
             del row["attn/indexer_recall"]  # rows so short that the indexer takes all there is
         row |= load_metrics(report.load)

@@ -35,6 +35,7 @@ from ..optim.ownership import Item, Ownership, assign
 from .checkpoint import TrainState, split_experts
 from .checkpoint_writer import Snapshot, whole_snapshot
 from .config import ConfigError, ParallelConfig, StoppedElsewhere, TrainConfig
+from .context import ContextGroup
 from .dispatch import ExpertDispatcher, keep_experts, mark
 from .planning import Placement, why_impossible
 
@@ -109,7 +110,7 @@ class Alone:
         return build_optimizers(model.named_parameters(), model.row_splits(), config)
 
     def spread(self, model: Transformer) -> None:
-        """Leaves to this process its own experts."""
+        """Leaves to this process its own experts, and lets it find those with whom it shares rows."""
 
     def held(self, model: Transformer, optimizers: Optimizers) -> dict[str, range | None]:
         """The parameters of ``optimizers``, and the global numbers of the experts that each stacks."""
@@ -157,6 +158,10 @@ class Together(Alone):
             groups._create_expert_and_data_parallel(self.expert)
             self._experts = groups._get_expert_parallel_group(name)
             self._holders = groups._get_expert_data_parallel_group(name)
+        self._rows: Any = None
+        for low in range(0, self.world, self.context) if self.context > 1 else ():
+            group = dist.new_group(list(range(low, low + self.context)))  # made by all processes, whoever is in it
+            self._rows = group if low <= self.rank < low + self.context else self._rows
         self._engine: Any = None
         self._client: _Client | None = None
         self._table: list[GroupRow] = []
@@ -233,6 +238,8 @@ class Together(Alone):
             self._engine.step()
 
     def spread(self, model: Transformer) -> None:
+        if self._rows is not None:
+            model.context = ContextGroup(self._rows)
         if self.expert == 1:
             return
         for module in list(model.modules()):
