@@ -162,7 +162,7 @@ def check_names(name: str, output: str) -> None:
     Raises:
         ConfigError: a name that is a path, an output folder that sbatch would read otherwise.
     """
-    if re.search(r"[/\\]", name) or name.startswith((".", "-")) or has_control(name):
+    if "/" in name or name.startswith((".", "-")) or has_control(name):
         raise ConfigError(
             f"name={name!r}: must be no path and begin with a letter or digit; output= says where to write"
         )

@@ -44,7 +44,7 @@ CONFIG = SubmitConfig
 
 
 def run(config: SubmitConfig) -> None:
-    launch, words = config.launch, train_words(sys.argv[2:])
+    launch, words = config.launch, train_words(sys.argv[1:])
     local = launch.scheduler == "local"
     if local:
         words = [*words, *_processes(config)]
@@ -85,9 +85,9 @@ def run(config: SubmitConfig) -> None:
 
 
 def train_words(words: Sequence[str]) -> list[str]:
-    """Of the words of the command line those that `openv4 train` takes, as they were typed."""
+    """Of the words after `openv4` those that `openv4 train` takes, as they were typed."""
     kept = []
-    for word in words:
+    for word in words[1:] if words[:1] == ["submit"] else words:  # Hydra's own flags come without the command
         key = word.partition("=")[0].lstrip("+~")
         if word == "--print" or key in ("print", "launch") or key.startswith("launch."):
             continue
