@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 # Where Debian puts the daemons, which is not on everybody's PATH.
 PATH = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/sbin"))
@@ -108,9 +109,8 @@ class Slurm:
         return job
 
     def ended(self, number: str, seconds: float = 120) -> Job:
-        return self.wait(
-            number, lambda job: job.state not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING"), seconds
-        )
+        """The job, once it has ended for good; a requeued one has not."""
+        return self.wait(number, lambda job: job.state in ENDED, seconds)
 
     def logs(self, lines: int = 20) -> str:
         return "\n".join(

@@ -58,8 +58,8 @@ def program(folder: Path, name: str, text: str) -> None:
     (folder / name).chmod(0o755)
 
 
-# Starts the tasks of the script's only step one beside the other, passes signals on to them and to nothing else, as srun
-# does under proctrack/cgroup; the largest exit code is its own.
+# Starts the tasks of the script's only step side by side, and passes signals on to them and to nothing else, as srun does
+# under proctrack/cgroup; the largest exit code is its own.
 SRUN = """
 import os, signal, subprocess, sys
 words = sys.argv[1:]
@@ -177,8 +177,8 @@ def test_the_words_are_passed_on_as_typed(script: Callable[..., str]) -> None:
 
 def test_nothing_is_imported_that_takes_seconds() -> None:
     code = (
-        "import sys; from openv4.launch import cli; sys.argv = ['openv4', 'submit', 'run=smoke', '--print']; cli.main(); "
-        "assert 'torch' not in sys.modules"
+        "import sys; from openv4.launch import cli; sys.argv = ['openv4', 'submit', 'run=smoke', '--print']; "
+        "cli.main(); assert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -501,7 +501,7 @@ def test_without_sbatch(refused: Callable[..., str], monkeypatch: pytest.MonkeyP
 
 
 def test_sbatch_refuses(refused: Callable[..., str], cluster: Path) -> None:
-    text = "import sys; print('sbatch: error: invalid partition\\nBatch job submission failed', file=sys.stderr); sys.exit(1)"
+    text = "import sys; sys.exit('sbatch: error: invalid partition\\nBatch job submission failed')"
     program(cluster.parent / "cluster", "sbatch", text)
     message = refused("submit", "run=smoke")
     assert message == (
