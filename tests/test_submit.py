@@ -58,7 +58,7 @@ def program(folder: Path, name: str, text: str) -> None:
     (folder / name).chmod(0o755)
 
 
-# Starts the tasks of the script's only step side by side, and passes signals on to them and to nothing else, as srun does
+# Starts the tasks of the script's step side by side, and passes signals on to them and to nothing else, as srun does
 # under proctrack/cgroup; the largest exit code is its own.
 SRUN = """
 import os, signal, subprocess, sys

@@ -18,13 +18,14 @@ import platform
 import secrets
 import shutil
 import socket
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..model.accounting import checkpoint_bytes
 from ..model.memory import Layout
@@ -34,6 +35,8 @@ from .planning import rows_per_step, why_indivisible
 if TYPE_CHECKING:
     import torch
     from torch._C._distributed_c10d import Store
+
+T = TypeVar("T")
 
 # Every rank's value, as JSON can hold it, to the list of all by rank: ``gather_json``, or a test's own.
 Gather = Callable[[Any], list[Any]]
@@ -110,7 +113,7 @@ def meet(rank: int, world: int, address: str, port: int, seconds: float = MEET_S
         raise PreflightError([f"rank 0 ({host}): cannot open {where}: {reason}; choose another MASTER_PORT"])
     try:
         wait = timedelta(seconds=seconds)
-        opened = TCPStore(address, port, world, opens, timeout=wait, wait_for_workers=False)
+        opened = _within(seconds, lambda: TCPStore(address, port, world, opens, timeout=wait, wait_for_workers=False))
         # A run's own part of it, so that a stranger at a port that two jobs share is not taken for one of ours.
         job = os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_RESTART_COUNT", "")
         store = PrefixStore("/".join(("openv4", *job)), opened)
@@ -148,6 +151,27 @@ def _cannot_listen(port: int) -> str:
         except OSError as error:
             return f"port {port}: {error.strerror}"
     return ""
+
+
+def _within(seconds: float, function: Callable[[], T]) -> T:
+    """The function's result. A store waits without end for somebody who listens at its port and is no store."""
+    results: list[T] = []
+    errors: list[Exception] = []
+
+    def call() -> None:
+        try:
+            results.append(function())
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=call, daemon=True)  # left behind if it waits without end: the process ends
+    thread.start()
+    thread.join(seconds + 1)
+    if errors:
+        raise errors[0]
+    if not results:
+        raise RuntimeError("whoever listens there does not answer")
+    return results[0]
 
 
 def _first_line(error: Exception) -> str:
@@ -329,7 +353,8 @@ def _differing(everyone: Sequence[Facts]) -> Iterator[str]:
                 first = odd[0]
                 yield (
                     f"{_ranks([facts.rank for facts in odd])} ({first.host}): {key} {value or 'none'}, but "
-                    f"{_ranks([facts.rank for facts in values[usual]])} has {usual or 'none'}"
+                    f"{_ranks([facts.rank for facts in values[usual]])} {'has' if len(values[usual]) == 1 else 'have'} "
+                    f"{usual or 'none'}"
                 )
 
 
