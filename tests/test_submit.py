@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from cli_cases import SMALL_RUN, Run, console
+from doc_cases import ROOT, commands
 from slurm_cases import events, stand_in
 
 from openv4.launch.slurm import REQUEUE_EXIT
@@ -222,6 +223,17 @@ def test_the_directives(script: Callable[..., str]) -> None:
     assert text.index("#SBATCH --reservation") < text.index(
         "set -euo"
     )  # sbatch reads no further than the first command
+
+
+def test_the_script_in_the_documentation(openv4: Run) -> None:
+    """What docs/cluster.md shows is what its command prints."""
+    page = ROOT / "docs" / "cluster.md"
+    (command,) = [c.text for c in commands(page) if c.text.startswith("openv4 submit") and c.text.endswith("--print")]
+    Path("my_data").mkdir()  # which the page has prepared by then
+    result = openv4(*shlex.split(command)[1:])
+    assert (result.code, result.err) == (0, "")
+    shown = page.read_text().partition("<!-- openv4 submit --print -->\n```text\n")[2].partition("```\n<!-- end -->")[0]
+    assert shown == result.out, f"docs/cluster.md should show what this prints: {command}"
 
 
 def test_one_task_a_node(script: Callable[..., str]) -> None:
