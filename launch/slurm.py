@@ -187,7 +187,13 @@ def batch_script(launch: LaunchConfig, name: str, output: str, train: Sequence[s
         notes: lines that the script shall begin with.
     """
     batch_log, train_log = logs(output)
-    setup = ["# launch.setup", *launch.setup, ""] if launch.setup else []
+    setup = [
+        "# launch.setup; modules and conda read variables that are not set.",
+        "set +u",
+        *launch.setup,
+        "set -u",
+        "",
+    ]
     command = [*_in_container(launch.container), "openv4", "train"]
     parts = [
         "#!/bin/bash",
@@ -196,7 +202,7 @@ def batch_script(launch: LaunchConfig, name: str, output: str, train: Sequence[s
         *(f"# Note: {_comment(note)}" for note in notes),
         *_directives(launch, name, batch_log),
         _SIGNALS,
-        *setup,
+        *(setup if launch.setup else []),
         "# Output at once; nothing of the working folder in the way of Python's modules.",
         "export PYTHONUNBUFFERED=1 PYTHONSAFEPATH=1",
         *_exports(launch.env),

@@ -258,7 +258,7 @@ def test_a_container(runtime: str, script: Callable[..., str]) -> None:
 
 
 def test_setup_and_environment(script: Callable[..., str], tmp_path: Path) -> None:
-    setup = """launch.setup=["export FROM_SETUP='a b'","echo set up"]"""
+    setup = """launch.setup=["export FROM_SETUP='a b'","echo set up $NOWHERE_SET"]"""
     text = script("run=smoke", "output=x", setup, "launch.env.NCCL_DEBUG=INFO", "launch.env.ODD='it is $HOME'")
     job = Job(tmp_path, text)
     code, output = job.run()

@@ -22,7 +22,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -247,18 +247,19 @@ def preflight(
     """
     output, mark = Path(config.output), f".preflight-{secrets.token_hex(8)}"
     facts = facts_of(config, rank, local_rank, fingerprint, gpus)
-    written = None
     if rank == 0 and not facts.problem:
-        written = output / mark
-        written.touch()
+        try:
+            (output / mark).touch()
+        except OSError as error:  # the others wait in gather: they must hear of it there
+            facts = replace(facts, problem=_unwritable(output, error))
     try:
         gathered = gather([asdict(facts), mark])
         everyone = [Facts(**values) for values, _ in gathered]
         seen = bool(everyone[0].problem) or _sees(output / gathered[0][1])
         visible = gather(seen)  # also: nobody looks any more
     finally:
-        if written is not None:
-            written.unlink(missing_ok=True)
+        if rank == 0:
+            (output / mark).unlink(missing_ok=True)
     if problems := [*compare(everyone, config.device), *_elsewhere(everyone, visible)]:
         raise PreflightError(problems)
     return everyone
@@ -277,7 +278,7 @@ def facts_of(config: TrainConfig, rank: int, local_rank: int, fingerprint: str =
         probe.unlink()
         free = shutil.disk_usage(output).free
     except OSError as error:
-        problem = f"cannot write to output={output} ({error.strerror or error})"
+        problem = _unwritable(output, error)
     if gpus is None:
         import torch
 
@@ -290,6 +291,10 @@ def facts_of(config: TrainConfig, rank: int, local_rank: int, fingerprint: str =
         "data": fingerprint[:24],
     }
     return Facts(rank, local_rank, host_name(), gpus, str(output.resolve()), problem, free, needed, same)
+
+
+def _unwritable(output: Path, error: OSError) -> str:
+    return f"cannot write to output={output} ({error.strerror or error})"
 
 
 def source_hash() -> str:
