@@ -112,6 +112,15 @@ def test_secrets_are_inherited(slurm: Slurm, stands_in: Path, openv4: Run, monke
     assert not [path for path in (stands_in / "out").rglob("*") if path.is_file() and b"s3cr3t" in path.read_bytes()]
 
 
+def test_a_hostile_name_reaches_training_as_it_is(slurm: Slurm, stands_in: Path, openv4: Run) -> None:
+    name = 'it\'s "$(touch pwned)"; #SBATCH --nodes=9 %j `touch pwned`'
+    number = submit(openv4, "run=smoke", "output=out", "steps=1", f"name={name}", *ONE)
+    assert slurm.ended(number).state == "COMPLETED", output(stands_in / "out")
+    (start,) = [event for event in events(stands_in / "out") if "start" in event]
+    assert start["words"] == ["run=smoke", "output=out", "steps=1", f"name={name}"]
+    assert not list(stands_in.rglob("pwned"))
+
+
 def test_cancelled_is_not_requeued(slurm: Slurm, stands_in: Path, openv4: Run) -> None:
     """TERM reaches every process once, from SLURM itself."""
     number = submit(openv4, "run=smoke", "output=out", "steps=1000", *TWO)
@@ -180,7 +189,14 @@ def test_one_process_trains(slurm: Slurm, here: Path, openv4: Run, small_data: P
 @pytest.mark.parametrize("tasks", ["rank", "node"])
 def test_two_tasks_train_and_come_back(tasks: str, slurm: Slurm, here: Path, openv4: Run, small_data: Path) -> None:
     """Requeued on the way, a run of two processes ends as one that was not: the same rows, under the same W&B id."""
-    words = [*SMALL_RUN, "model.vocab_size=512", f"data={small_data}", "logging.wandb=offline", "checkpoint.every=0"]
+    words = [
+        *SMALL_RUN,
+        "model.vocab_size=512",
+        f"data={small_data}",
+        "logging.wandb=offline",
+        "checkpoint.every=0",
+        "steps=60",
+    ]
     words += [*TWO, f"launch.tasks={tasks}"]
     whole = submit(openv4, *words, "output=whole")
     assert slurm.ended(whole, seconds=400).state == "COMPLETED", output(here / "whole")
