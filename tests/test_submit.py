@@ -375,7 +375,7 @@ def test_without_openv4_on_the_path(script: Callable[..., str], tmp_path: Path) 
 def test_a_hostile_name_is_quoted(name: str, script: Callable[..., str], tmp_path: Path) -> None:
     quoted = "'" + name.replace("\\", "\\\\").replace("'", "\\'") + "'"  # as Hydra wants what is not plain
     for value in {name, quoted}:
-        text = script(*submit_words(f"name={value}", f"logging.sample_prompt={value}"))
+        text = script(*submit_words("steps=1", f"name={value}", f"logging.sample_prompt={value}"))
         (line,) = [line for line in text.splitlines() if line.startswith("#SBATCH --job-name=")]
         assert set(line.removeprefix("#SBATCH --job-name=")) <= set(
             "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.+-"
@@ -384,7 +384,7 @@ def test_a_hostile_name_is_quoted(name: str, script: Callable[..., str], tmp_pat
         code, output = job.run()
         assert code == 0, output
         words = [event["words"] for event in events(Path("out")) if "words" in event][-1]
-        assert words == ["run=smoke", "output=out", f"name={value}", f"logging.sample_prompt={value}"]
+        assert words == ["run=smoke", "output=out", "steps=1", f"name={value}", f"logging.sample_prompt={value}"]
     assert not Path("pwned").exists() and not list(tmp_path.rglob("pwned"))
 
 
@@ -538,6 +538,7 @@ def test_local_is_the_command(openv4: Run, refused: Callable[..., str]) -> None:
     assert refused("submit", *words, "parallel.nproc=2", "parallel.expert=4").startswith("parallel.expert=4 does not")
 
 
+@pytest.mark.slow
 def test_local_trains(small_data: Path, tmp_path: Path) -> None:
     script = Path(sys.executable).with_name("openv4")
     words = [*SMALL_RUN, "model.vocab_size=512", f"data={small_data}", f"output={tmp_path / 'run'}", "steps=1"]
