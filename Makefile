@@ -7,7 +7,7 @@ export PYTHONSAFEPATH = 1
 # Threads that wait sleep. On an idle machine spinning is a third faster; beside one busy process it is several times slower.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: setup smoke tiny-v4 browser test test-all check docs figures bench gpu clean
+.PHONY: setup smoke tiny-v4 browser slurm test test-all check docs figures bench gpu clean
 
 # torch comes first and pinned: asked for by range, pip may take a build of several GB for another kind of machine.
 .venv/.runtime: pyproject.toml constraints.txt
@@ -58,8 +58,19 @@ browser:
 	else echo "no chromium and chromedriver on PATH: the tests of the report need both; sudo $(BROWSER)"; \
 	fi
 
+# The tests of the batch script run it under a SLURM of their own; Debian's packages bring its programs.
+SLURM = apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge
+slurm:
+	@if PATH="$$PATH:/usr/sbin" command -v slurmctld >/dev/null && command -v sbatch >/dev/null; then exit 0; fi; \
+	if ! command -v apt-get >/dev/null; then \
+		echo "no slurmctld here: the tests of SLURM jobs are skipped; install slurmctld, slurmd, its commands and munge"; \
+	elif [ "$$(id -u)" = 0 ]; then apt-get update -qq && $(SLURM); \
+	elif sudo -n true 2>/dev/null; then sudo apt-get update -qq && sudo $(SLURM); \
+	else echo "no slurmctld here: the tests of SLURM jobs are skipped; sudo $(SLURM)"; \
+	fi
+
 # Many small tests: a process a core with one thread each is twice as fast as one process with a thread a core.
-test: .venv/.dev browser
+test: .venv/.dev browser slurm
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 -m "not slow and not gpu"
 
 test-all: test

@@ -51,6 +51,7 @@ COMMANDS = {
         "memory, time and communication of a run on a cluster, before it runs",
         "openv4 plan run=pretrain_flash nodes=128 --search",
     ),
+    "submit": Command("a run as a job of SLURM", "openv4 submit run=smoke launch=slurm launch.nodes=2 --print"),
     "report": Command("a run's curves as one HTML page, several compared", "openv4 report runs/smoke"),
     "merge": Command("fold LoRA adapters into their weights", "openv4 merge adapter=runs/lora output=my_model"),
 }

@@ -17,7 +17,8 @@ import torch
 
 from ..train.config import ConfigError, TrainConfig, to_yaml
 from ..train.loop import train
-from ..train.parallel import check_layout, launched
+from ..train.parallel import launched
+from ..train.preflight import check_layout
 
 CONFIG = TrainConfig
 

@@ -43,6 +43,10 @@ NOT_HERE = {
     "vllm serve": "several GPUs; not a program of ours",
     "source .venv/bin/activate": "tests have an environment already",
     "pre-commit install": "writes to .git",
+    "openv4 submit launch=slurm": "a cluster; tests/test_slurm.py submits to one of its own",
+    "squeue --me": "a cluster",
+    "tail -f": "goes on for ever",
+    "scancel 4711": "a cluster",
     "openv4 train run=pretrain_flash": "3 TB of memory",
     "openv4 train run=pretrain_pro": "19 TB of memory",
 }

@@ -47,6 +47,7 @@ def test_help_of_a_command_shows_its_settings(command: str, openv4: Run) -> None
     assert result.out.startswith(f"openv4 {command}: ")
     required = {"preview": "input", "merge": "adapter", "inspect": "path"}.get(command, "checkpoint")
     others = {"train": "checkpoint:", "prepare": "text_key:", "plan": "gpus: null", "report": "watch: false"}
+    others |= {"submit": "signal_seconds: 300"}
     assert others.get(command, f"{required}: ???") in result.out
     if command == "train":
         assert "model: nano, small, tiny, v4_flash, v4_pro" in result.out and "run: " in result.out

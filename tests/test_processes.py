@@ -150,9 +150,9 @@ def test_a_process_that_dies_ends_the_run_and_is_named(small_data: Path, spread_
 
 def test_what_cannot_be_spread_is_refused_in_one_line(small_data: Path, tmp_path: Path) -> None:
     for overrides, reason in (
-        (spread(2, 4), "parallel.expert=4 does not divide the run's 2 processes"),
-        (spread(3, 3), "expert=3 does not divide the 4 routed experts"),
-        (["parallel.nproc=4"], "a step has 2 rows"),
+        (spread(2, 4), "parallel.expert=4 does not divide the number of processes, 2"),
+        (spread(3, 3), "parallel.expert=3 does not divide the 4 routed experts"),
+        ([*spread(2, 1), "parallel.context=2", "model.sliding_window=40"], "leaves 32 tokens of a row"),
     ):
         result = run(small_data, tmp_path / "run", *overrides)
         assert result.returncode == 2 and reason in result.stderr

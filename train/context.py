@@ -70,7 +70,7 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, context: ContextGroup) -> Tensor:
         ctx.context = context
         everywhere = rows.new_empty(context.size, *rows.shape)
-        dist.all_gather_into_tensor(everywhere.flatten(0, 1), rows.contiguous(), context.group)
+        dist.all_gather(list(everywhere.unbind()), rows.contiguous(), context.group)
         context.sent += (context.size - 1) * rows.nbytes
         return everywhere
 

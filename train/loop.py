@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -131,6 +132,7 @@ def train(config: TrainConfig) -> Path:
         data = processes.first_does(lambda: open_run_dataset(config, run))
         if data is None:  # the first process has prepared it, and compared its checksums
             data = open_run_dataset(replace(config, data=replace(config.data, verify=False)), run)
+        processes.preflight(config, data.fingerprint)
         schedule = make_schedule(config, data)
         loader = data.loader(config.seed, config.data.workers)
 
@@ -217,16 +219,18 @@ def train(config: TrainConfig) -> Path:
 
 class StopSignal:
     """Notes a first SIGUSR1 or SIGTERM, as SLURM sends some minutes before it kills, so that the step can end and the
-    run be saved; a second one ends the process as it does by default.
+    run be saved; a second one, some seconds later, ends the process as it does by default. (Sooner it is the first one
+    on another way: from a launcher and from SLURM.)
 
     Attributes:
         signal: its name, once it has come.
     """
 
     SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+    SECONDS = 5.0
 
     def __init__(self) -> None:
-        self.signal = ""
+        self.signal, self._noted = "", 0.0
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopSignal":
@@ -239,9 +243,11 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: object) -> None:
-        self.signal = signal.Signals(number).name
-        for each in self.SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
+        if not self.signal:
+            self.signal, self._noted = signal.Signals(number).name, time.monotonic()
+        elif time.monotonic() > self._noted + self.SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
 
 def device_of(config: TrainConfig) -> torch.device:

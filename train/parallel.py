@@ -18,13 +18,11 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import Parameter
 
 from ..model.config import LoRAConfig
 from ..model.lora import lora_parameters, peft_files
-from ..model.memory import Layout
 from ..model.moe import Experts, MoE
 from ..model.released import checkpoint_tensors, first_expert
 from ..model.transformer import Transformer
@@ -34,10 +32,10 @@ from ..optim.groups import EXPERTS, MUON_GROUPS, GroupRow, Optimizers, build_opt
 from ..optim.ownership import Item, Ownership, assign
 from .checkpoint import TrainState, split_experts
 from .checkpoint_writer import Snapshot, whole_snapshot
-from .config import ConfigError, ParallelConfig, StoppedElsewhere, TrainConfig
+from .config import ParallelConfig, StoppedElsewhere, TrainConfig
 from .context import ContextGroup
 from .dispatch import ExpertDispatcher, keep_experts, mark
-from .planning import Placement, why_impossible
+from .preflight import check_layout, gather_json, meet, preflight
 
 T = TypeVar("T")
 
@@ -81,6 +79,13 @@ class Alone:
     def agree(self, text: str) -> str:
         """The first text that is not empty, of those that the processes give, in the order of their ranks."""
         return text
+
+    def preflight(self, config: TrainConfig, fingerprint: str) -> None:
+        """Compares what the processes are about to do; ``fingerprint`` is that of the data.
+
+        Raises:
+            PreflightError: they cannot train together, or not be saved.
+        """
 
     def first_does(self, function: Callable[[], T]) -> T | None:
         """What ``function`` returns in the first process; the others wait for it, and get None.
@@ -186,14 +191,12 @@ class Together(Alone):
     def agree(self, text: str) -> str:
         if not self.any(text):
             return ""
-        data = torch.tensor(list(text.encode()), dtype=torch.uint8)
-        sizes = [torch.zeros(1, dtype=torch.long) for _ in range(self.world)]
-        dist.all_gather(sizes, torch.tensor([len(data)]), group=self._control)
-        longest = int(torch.cat(sizes).max())
-        texts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.world)]
-        dist.all_gather(texts, F.pad(data, (0, longest - len(data))), group=self._control)
-        found = (bytes(t[: int(size)].tolist()).decode() for t, size in zip(texts, sizes, strict=True))
-        return next(text for text in found if text)
+        found: str = next(text for text in gather_json(text, group=self._control) if text)
+        return found
+
+    def preflight(self, config: TrainConfig, fingerprint: str) -> None:
+        gather = partial(gather_json, group=self._control)
+        preflight(config, self.rank, int(os.environ.get("LOCAL_RANK", "0")), gather, fingerprint)
 
     def first_does(self, function: Callable[[], T]) -> T | None:
         result, error = None, None
@@ -371,39 +374,9 @@ def start(config: TrainConfig, device: torch.device) -> Alone:
 
 
 def launched() -> bool:
-    """Whether a launcher (torchrun, deepspeed, srun, ourselves) has started this process as one of several."""
-    _from_slurm(os.environ)
+    """Whether a launcher (torchrun, deepspeed, our own script for srun, ourselves) has started this process as one of
+    several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
-def check_layout(config: TrainConfig, world: int) -> None:
-    """Refuses what cannot be spread over so many processes, before anything is allocated.
-
-    Raises:
-        ConfigError: with the reason.
-    """
-    parallel = config.parallel
-    for key in ("expert", "context"):
-        if world % getattr(parallel, key):
-            raise ConfigError(
-                f"parallel.{key}={getattr(parallel, key)} does not divide the run's {world} "
-                f"process{'es' if world > 1 else ''}; start a multiple of it (parallel.nproc=, torchrun, deepspeed or "
-                "srun), or lower it"
-            )
-    layout = Layout(world, parallel.expert, parallel.context)
-    for stage in config.stages:
-        if reason := why_impossible(config, stage, Placement(layout, 1, config.recompute)):
-            raise ConfigError(f"stages: {stage.name!r} cannot run on {world} processes: {reason}")
-
-
-def _from_slurm(environment: Any) -> None:
-    """What torch and DeepSpeed want to know, where ``srun`` has started one task for each process."""
-    tasks = int(environment.get("SLURM_NTASKS", "1")) if "SLURM_PROCID" in environment else 1
-    if "RANK" in environment or tasks == 1:
-        return
-    environment["RANK"], environment["WORLD_SIZE"] = environment["SLURM_PROCID"], str(tasks)
-    environment["LOCAL_RANK"] = environment.get("SLURM_LOCALID", "0")
-    environment.setdefault("MASTER_PORT", str(20000 + int(environment.get("SLURM_JOB_ID", "0")) % 20000))
 
 
 def _join(config: ParallelConfig, device: torch.device) -> Any:
@@ -416,11 +389,15 @@ def _join(config: ParallelConfig, device: torch.device) -> Any:
     deepspeed.utils.logger.setLevel("WARNING")
     # A shared-memory sum for inference on CPUs, compiled for half a minute at every first start; nothing here sums so.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(
-        dist_backend="nccl" if device.type == "cuda" else "gloo",
-        timeout=timedelta(minutes=config.timeout_minutes),
-        verbose=False,
-    )
+    limit = timedelta(minutes=config.timeout_minutes)
+    if not dist.is_initialized():
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        store = meet(
+            rank, world, os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", "29500"))
+        )
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
+    deepspeed.init_distributed(timeout=limit, verbose=False)
     return deepspeed
 
 

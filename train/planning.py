@@ -113,6 +113,18 @@ def rows_per_step(stage: Stage) -> int:
 def why_impossible(run: TrainConfig, stage: Stage, placement: Placement) -> str | None:
     """What makes a placement contradict the model or the stage, in one line; None if nothing does. Memory aside."""
     layout, rows = placement.layout, rows_per_step(stage)
+    if reason := why_indivisible(run, stage, layout):
+        return reason
+    if rows < placement.replicas:
+        return (
+            f"a step has {rows} rows of {stage.sequence_length:,} tokens for {placement.replicas} groups of GPUs: "
+            f"some would have none; use at most {rows * layout.context} GPUs, a larger batch or context parallelism"
+        )
+    return None
+
+
+def why_indivisible(run: TrainConfig, stage: Stage, layout: Layout) -> str | None:
+    """What of experts or rows cannot be spread as the layout says, in one line; None if nothing."""
     if run.model.n_routed_experts % layout.expert:
         return f"expert={layout.expert} does not divide the {run.model.n_routed_experts} routed experts"
     if stage.sequence_length % layout.context:
@@ -121,11 +133,6 @@ def why_impossible(run: TrainConfig, stage: Stage, placement: Placement) -> str 
     part = stage.sequence_length // layout.context
     if layout.context > 1 and part < block:
         return f"context={layout.context} leaves {part} tokens of a row to each GPU, a block or window has {block}"
-    if rows < placement.replicas:
-        return (
-            f"a step has {rows} rows of {stage.sequence_length:,} tokens for {placement.replicas} groups of GPUs: "
-            f"some would have none; use at most {rows * layout.context} GPUs, a larger batch or context parallelism"
-        )
     return None
 
 
