@@ -137,20 +137,26 @@ def _fail(error: Exception) -> NoReturn:
     """One line and exit code 2; OPENV4_TRACEBACK=1 shows where the error came from. A run that a signal has stopped
     ends with REQUEUE_EXIT."""
     if isinstance(error, StoppedElsewhere):
-        sys.exit(2)
+        _exit(2)
+    rank = os.environ.get("RANK", "0")
     if isinstance(error, Preempted):
-        if os.environ.get("RANK", "0") == "0":
+        if rank == "0":
             print(error, file=sys.stderr)
-        sys.exit(REQUEUE_EXIT)
+        _exit(REQUEUE_EXIT)
     if os.environ.get("OPENV4_TRACEBACK"):
         raise error
-    rank = os.environ.get("RANK")
-    print(
-        "error:" if rank in (None, "0") else f"error in process {rank}:",
-        re.sub(r"\s*\n\s*", " ", str(error)),
-        file=sys.stderr,
-    )
-    sys.exit(2)
+    where = "error:" if rank == "0" else f"error in process {rank}:"
+    print(where, re.sub(r"\s*\n\s*", " ", str(error)), file=sys.stderr)
+    _exit(2)
+
+
+def _exit(code: int) -> NoReturn:
+    """One process of several ends at once: threads of a process group that it has not left would abort Python's end."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _help() -> str:
