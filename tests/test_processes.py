@@ -136,8 +136,7 @@ def test_a_process_that_dies_ends_the_run_and_is_named(small_data: Path, spread_
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.01)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    victim = next(c for c in children if "RANK=1" in Path(f"/proc/{c}/environ").read_text().split("\0"))
-    os.kill(int(victim), signal.SIGKILL)
+    os.kill(int(child_of(process.pid, 1)), signal.SIGKILL)
     begun = time.monotonic()
     text, _ = process.communicate(timeout=SECONDS)
     assert time.monotonic() - begun < 30
@@ -146,6 +145,37 @@ def test_a_process_that_dies_ends_the_run_and_is_named(small_data: Path, spread_
     assert not any(Path(f"/proc/{child}").exists() for child in children)
     name = (output / "checkpoints" / "latest").read_text().strip()
     verify(output / "checkpoints" / name)
+
+
+def test_a_process_that_hangs_is_named(small_data: Path, tmp_path: Path) -> None:
+    """Stopped, not ended: the others wait for it, and it cannot say so itself. Woken, it goes on."""
+    output = tmp_path / "run"
+    process = subprocess.Popen(
+        command(small_data, output, "parallel.hang_minutes=0.1", *spread(2, 2)),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    deadline = time.monotonic() + SECONDS
+    while not (output / "metrics.jsonl").exists() or not read_lines(output / "metrics.jsonl"):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    victim = int(child_of(process.pid, 1))
+    os.kill(victim, signal.SIGSTOP)
+    while not (hangs := [event for event in read_lines(output / "events.jsonl") if event["kind"] == "hang"]):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
+    os.kill(victim, signal.SIGCONT)
+    text, _ = process.communicate(timeout=SECONDS)
+    assert process.returncode == 0, text
+    assert re.search(
+        r"no step has ended for \d+ s, at step \d+: rank 1 \(.*\) has not answered for \d+ s", hangs[0]["text"]
+    )
+    assert f"hang: {hangs[0]['text']}" in text
+    assert re.search(r"rank 0 \(.*\): no step has ended for .* s\n +File", text)  # its stack
+
+
+def child_of(pid: int, rank: int) -> str:
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return next(c for c in children if f"RANK={rank}" in Path(f"/proc/{c}/environ").read_text().split("\0"))
 
 
 def test_what_cannot_be_spread_is_refused_in_one_line(small_data: Path, tmp_path: Path) -> None:

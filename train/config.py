@@ -184,6 +184,7 @@ class ParallelConfig:
         gradients: dtype in which gradients travel to their owners; bf16 rounds them stochastically, sums are float32.
         bucket_mb: gradients that travel together, 10^6 bytes.
         timeout_minutes: how long a process waits for another one before it gives up.
+        hang_minutes: without an end of a step, after which the process that the others wait for is named.
     """
 
     nproc: int = 1
@@ -193,12 +194,13 @@ class ParallelConfig:
     gradients: Literal["fp32", "bf16"] = "fp32"
     bucket_mb: float = 256.0
     timeout_minutes: float = 30.0
+    hang_minutes: float = 5.0
 
     def __post_init__(self) -> None:
         for key in ("nproc", "expert", "context"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"parallel.{key}={getattr(self, key)} must be at least 1")
-        for key in ("bucket_mb", "timeout_minutes"):
+        for key in ("bucket_mb", "timeout_minutes", "hang_minutes"):
             if not 0 < getattr(self, key) < math.inf:
                 raise ConfigError(f"parallel.{key}={getattr(self, key)} must be positive")
 

@@ -1,5 +1,6 @@
 """What a run writes of itself while it trains: rows of metrics, expert loads, events, the terminal, W&B."""
 
+import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -49,6 +50,11 @@ class Journal:
     def event(self, kind: str, text: str) -> None:
         if self._writes:
             self._events.write(self._state.step, kind, text)
+
+    def warn(self, kind: str, text: str) -> None:
+        """An event that is to be seen at once."""
+        print(f"{kind}: {text}", file=sys.stderr, flush=True)
+        self.event(kind, text)
 
     def row(self, row: Row, report: StepReport) -> None:
         """The metrics of a logged step."""

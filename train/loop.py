@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,8 @@ def train(config: TrainConfig) -> Path:
         meter = Meter(config, device, processes)
         where = config.precision, device
 
+        at_step = stack.enter_context(processes.watched(partial(journal.warn, "hang")))
+
         plan = schedule.plan(state.step, state.tokens)
         if plan is not None:
             apply_precision(model, config.precision, plan.compute)
@@ -170,6 +173,7 @@ def train(config: TrainConfig) -> Path:
             due = validates or state.step == 0 or (state.step + 1) % config.logging.every == 0
             rows = math.ceil(plan.rows / processes.replicas)
             micro_batches = split_batch(filled(batch, rows, data.eos), config.micro_batch_tokens, device)
+            at_step(state.step)
             processes.steps = state.step
             report = training_step(model, optimizers, micro_batches, plan, config.grad_clip, due, processes)
             state.step += 1

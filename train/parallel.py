@@ -10,7 +10,8 @@ Losses are sums over a process's own tokens, divided by counts of all; so gradie
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -35,7 +36,8 @@ from .checkpoint_writer import Snapshot, whole_snapshot
 from .config import ParallelConfig, StoppedElsewhere, TrainConfig
 from .context import ContextGroup
 from .dispatch import ExpertDispatcher, keep_experts, mark
-from .preflight import check_layout, gather_json, meet, preflight
+from .preflight import check_layout, gather_json, host_name, meet, preflight
+from .watchdog import Watchdog
 
 T = TypeVar("T")
 
@@ -106,6 +108,11 @@ class Alone:
     def backward(self, loss: Tensor, last: bool) -> None:
         """``last``: of the step, so that complete gradients may leave."""
         loss.backward()
+
+    @contextmanager
+    def watched(self, tell: Callable[[str], None]) -> Iterator[Callable[[int], None]]:
+        """Within, ``tell`` is given a line where no step ends for long; returns what is to be called with each step."""
+        yield lambda step: None
 
     def step(self, optimizers: Optimizers, lr: float, found_inf: Tensor) -> None:
         """The update of weights."""
@@ -232,6 +239,13 @@ class Together(Alone):
                 exchange.watch(hash((self.seed, self.steps, self.rank, index)) % 2**63)
         # DeepSpeed reduces to means; ours is a sum.
         self._engine.backward(loss * self.world if self.config.zero else loss, scale_wrt_gas=False)
+
+    @contextmanager
+    def watched(self, tell: Callable[[str], None]) -> Iterator[Callable[[int], None]]:
+        address, port, seconds = *_address(), 60 * self.config.hang_minutes
+        store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False)  # training has its own
+        with Watchdog(store, self.rank, self.world, host_name(), seconds, tell) as watchdog:
+            yield watchdog.step
 
     def step(self, optimizers: Optimizers, lr: float, found_inf: Tensor) -> None:
         if self._client is None:
@@ -377,6 +391,11 @@ def launched() -> bool:
     """Whether a launcher (torchrun, deepspeed, our own script for srun, ourselves) has started this process as one of
     several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _address() -> tuple[str, int]:
+    """Where the processes meet."""
+    return os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", "29500"))
 
 
 def _join(config: ParallelConfig, device: torch.device) -> Any:
