@@ -3,7 +3,7 @@
 ``training_memory`` walks through a step (forward pass, losses, backward pass, update) with the sizes of ``activations``
 and tells what is alive where the sum is largest; nothing is built, torch is not imported. On a CPU the result has been
 compared with measurements (``tests/test_memory_plan.py``). Measured are one process, all dtypes that run today, all
-recomputations; everything about more than one GPU is the plan that ``docs/design.md`` describes, and has run nowhere.
+recomputations. Many GPUs are calculated with bfloat16 weights, which openv4 does not hold yet (``docs/cluster.md``).
 """
 
 from dataclasses import dataclass

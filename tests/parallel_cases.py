@@ -105,6 +105,10 @@ def run(case: Case, processes: Alone, together: int = 1) -> dict[str, Tensor]:
         "loads": torch.stack([torch.stack(list(r.load.values())) for r in reports]),
         "update_rms": torch.stack(list(optimizers.update_rms().values())),
     }
+    if processes.world > 1:
+        sent = [each.sent for each in (*processes.dispatchers, *processes.exchanges)]
+        for kind in ("tokens", "results", "gradients", "weights"):
+            result[f"sent.{kind}"] = torch.tensor(sum(each.get(kind, 0) for each in sent))
     result |= gradients
     return result | {f"model.{name}": tensor.detach().clone() for name, tensor in released_tensors(model)}
 

@@ -45,6 +45,7 @@ CASES = {
         Case("zero1", expert=2, seed=20, matrices="adamw", zero=1, clip=0.5),
     ],
 }
+KINDS = ("tokens", "results", "gradients", "weights")
 EACH = [(world, case) for world, cases in CASES.items() for case in cases]
 
 
@@ -80,4 +81,30 @@ def test_equals_one_process(world: int, case: Case, found: dict[str, list[dict[s
         if error > limit * size and not name.startswith(NOISE):
             wrong[name] = error / size
     assert not wrong, dict(list(wrong.items())[:6])
-    assert set().union(*ranks) == set(wanted)
+    assert {name for rank in ranks for name in rank if not name.startswith("sent.")} == set(wanted)
+
+
+@pytest.mark.parametrize(("world", "case"), EACH, ids=lambda value: getattr(value, "name", value))
+def test_bytes_are_those_of_the_formula(world: int, case: Case, found: dict[str, list[dict[str, Tensor]]]) -> None:
+    """Of docs/cluster.md, for gradients and weights; for tokens where it is known which of them travel."""
+    ranks = found[f"{world}-{case.name}"]
+    sent = {kind: sum(int(rank[f"sent.{kind}"]) for rank in ranks) for kind in KINDS}
+    if case.zero:  # DeepSpeed sends
+        assert sent["gradients"] == sent["weights"] == 0
+    else:
+        trained = {
+            n.removeprefix("gradient."): t.numel() for rank in ranks for n, t in rank.items() if "gradient." in n
+        }
+        holders = {name: world // case.expert if ".experts." in name else world for name in trained}
+        numbers = case.steps * sum(size * (holders[name] - 1) for name, size in trained.items())
+        assert sent["gradients"] == numbers * (2 if case.gradients == "bf16" else 4)
+        assert sent["weights"] == numbers * 4
+    if case.expert == 1:
+        assert sent["tokens"] == sent["results"] == 0
+    elif case.starved:
+        config = case.config
+        copies = case.steps * case.rows * case.length * config.num_experts_per_tok * (config.num_hidden_layers + 1)
+        # The two chosen experts are in one process, or in one each; a copy travels unless it is there already.
+        travel = copies * (case.expert - 1) // case.expert
+        assert sent["tokens"] == travel * 2 * (config.hidden_size * 4 + 4)
+        assert sent["results"] == travel * 2 * config.hidden_size * 4

@@ -10,7 +10,7 @@ Losses are sums over a process's own tokens, divided by counts of all; so gradie
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import TCPStore
 from torch.nn import Parameter
 
 from ..model.config import LoRAConfig
@@ -47,10 +48,13 @@ class Alone:
 
     Attributes:
         steps: of the optimizer that the run has done, for what must be random anew in each and the same when repeated.
+        dispatchers: what brings tokens to experts, one a layer; exchanges: what brings gradients to owners.
     """
 
     rank, world, expert, context = 0, 1, 1, 1
     steps = 0
+    dispatchers: Sequence[ExpertDispatcher] = ()
+    exchanges: Sequence[Exchange] = ()
 
     @property
     def replicas(self) -> int:
@@ -160,7 +164,6 @@ class Together(Alone):
         # Marks and the like go past the device, whose work they need not wait for.
         self._control = dist.new_group(backend="gloo", timeout=timedelta(minutes=config.timeout_minutes))
         self.ownership: Ownership | None = None
-        self.dispatchers: list[ExpertDispatcher] = []
         self._everybody: Any = dist.group.WORLD
         self._experts: Any = self._everybody
         self._holders: Any = self._everybody
@@ -177,7 +180,6 @@ class Together(Alone):
         self._engine: Any = None
         self._client: _Client | None = None
         self._table: list[GroupRow] = []
-        self._exchanges: list[Exchange] = []
 
     def total(self, numbers: Tensor) -> Tensor:
         return self._reduced(numbers, dist.ReduceOp.SUM)
@@ -235,7 +237,7 @@ class Together(Alone):
     def backward(self, loss: Tensor, last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(last)
         if last:
-            for index, exchange in enumerate(self._exchanges):
+            for index, exchange in enumerate(self.exchanges):
                 exchange.watch(hash((self.seed, self.steps, self.rank, index)) % 2**63)
         # DeepSpeed reduces to means; ours is a sum.
         self._engine.backward(loss * self.world if self.config.zero else loss, scale_wrt_gas=False)
@@ -243,7 +245,7 @@ class Together(Alone):
     @contextmanager
     def watched(self, tell: Callable[[str], None]) -> Iterator[Callable[[int], None]]:
         address, port, seconds = *_address(), 60 * self.config.hang_minutes
-        store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False)  # training has its own
+        store = TCPStore(address, port, is_master=False, wait_for_workers=False)  # training has its own
         with Watchdog(store, self.rank, self.world, host_name(), seconds, tell) as watchdog:
             yield watchdog.step
 
@@ -264,12 +266,12 @@ class Together(Alone):
                 keep_experts(module, self.rank % self.expert, self.expert)
             elif isinstance(module, MoE):
                 module.dispatcher = ExpertDispatcher(self._experts, model.config.n_routed_experts)
-                self.dispatchers.append(module.dispatcher)
+                self.dispatchers = [*self.dispatchers, module.dispatcher]
 
     def held(self, model: Transformer, optimizers: Optimizers) -> dict[str, range | None]:
         if self.config.zero:
             return super().held(model, optimizers)
-        shards = {name: shard for exchange in self._exchanges for name, shard in exchange.shards.items()}
+        shards = {name: shard for exchange in self.exchanges for name, shard in exchange.shards.items()}
         return {name: _numbers(model, name, shard.first, shard.parameter) for name, shard in shards.items()}
 
     def snapshot(
@@ -321,12 +323,12 @@ class Together(Alone):
         # Experts are held by processes `expert` apart; an owner's place is its number among them.
         self._table = self._whole_model(build_optimizers(trained.items(), splits, config))
         dtype = torch.bfloat16 if self.config.gradients == "bf16" else torch.float32
-        self._exchanges = [
+        self.exchanges = [
             Exchange(held, self.ownership.pieces, group, self.config.bucket_mb * 1e6, dtype) for held, group in both
         ]
-        owned = {name: shard.parameter for exchange in self._exchanges for name, shard in exchange.shards.items()}
+        owned = {name: shard.parameter for exchange in self.exchanges for name, shard in exchange.shards.items()}
         known = {name: rows for name, rows in splits.items() if name in owned}
-        optimizers = build_optimizers(owned.items(), known, config, self._exchanges, self.total)
+        optimizers = build_optimizers(owned.items(), known, config, self.exchanges, self.total)
         self._client = _client_of(model)
         self._engine = _engine(self._deepspeed, model, self._client, {"stage": 0})
         return optimizers
