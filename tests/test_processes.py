@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from finetune_cases import QUICK
+from model_cases import relative_rms
 from run_cases import OVERRIDES, STEPS, contents, rows, summary
 from safetensors.torch import load_file
 
@@ -198,6 +200,62 @@ def test_asynchronous_saves_change_nothing(small_data: Path, spread_run: Path, t
     assert ours == theirs
     events = [event["text"] for event in read_lines(output / "events.jsonl") if event["kind"] == "checkpoint"]
     assert events == ["step_4", f"step_{STEPS}"]
+
+
+LORA = [
+    "lora.rank=4",
+    "lora.targets=[attention,shared_experts,experts]",
+    "steps=3",
+    "optim.adamw.eps=1e-6",
+    "checkpoint.every=2",
+]
+
+
+@pytest.mark.parametrize("base", ["fp32", "released"])
+def test_adapters_on_two_processes(base: str, release: Path, chat: Path, tmp_path: Path) -> None:
+    """Experts spread, plainly and under ZeRO, resumed under the other; adapters are those of one process."""
+    launcher = [COMMAND[0], "train", "run=lora", f"model.pretrained={release}", f"data.path={chat}", *QUICK, *LORA]
+    launcher.append(f"precision.base={base}")
+
+    def finetune(name: str, *overrides: str) -> dict[str, torch.Tensor]:
+        result = subprocess.run(
+            [*launcher, f"output={tmp_path / name}", *overrides],
+            capture_output=True, text=True, timeout=SECONDS, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        newest = tmp_path / name / "checkpoints" / (tmp_path / name / "checkpoints" / "latest").read_text().strip()
+        verify(newest)
+        return load_file(newest / "adapter_model.safetensors")
+
+    wanted = finetune("alone")
+    found = [finetune("owners", *spread(2, 2))]
+    finetune("zero", *spread(2, 2), "parallel.zero=1", "steps=2")
+    found.append(finetune("zero", *spread(2, 1), "parallel.zero=2"))
+    for adapters in found:
+        assert set(adapters) == set(wanted)
+        for name, tensor in wanted.items():
+            # B begins at 0: what moves it is the gradient alone, and its rounding shows.
+            assert relative_rms(adapters[name], tensor) < 1e-3, name
+
+
+def test_a_release_is_finetuned_by_two_processes(release: Path, chat: Path, tmp_path: Path) -> None:
+    """Each process reads its own experts; all weights are trained and written."""
+    command = [COMMAND[0], "train", "run=finetune", f"model.pretrained={release}", f"data.path={chat}", *QUICK]
+    found = {}
+    for name, overrides in {"alone": [], "spread": spread(2, 2)}.items():
+        result = subprocess.run(
+            [*command, f"output={tmp_path / name}", "steps=2", "optim.adamw.eps=1e-6", *overrides],
+            capture_output=True, text=True, timeout=SECONDS, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        found[name] = weights(tmp_path / name / "checkpoints" / "step_2")
+        losses = [row["train/loss"] for row in rows(tmp_path / name)]
+        found[name]["losses"] = torch.tensor(losses)
+    assert set(found["alone"]) == set(found["spread"])
+    assert relative_rms(found["spread"]["losses"], found["alone"]["losses"]) < 1e-5
+    for name, tensor in found["alone"].items():
+        if not name.startswith("layers.0.hc_attn_"):  # no gradient but rounding (test_parallel)
+            assert relative_rms(found["spread"][name].float(), tensor.float()) < 1e-2, name
 
 
 def test_torchrun_starts_a_run(small_data: Path, spread_run: Path, tmp_path: Path) -> None:

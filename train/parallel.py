@@ -10,6 +10,7 @@ Losses are sums over a process's own tokens, divided by counts of all; so gradie
 """
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -307,11 +308,10 @@ class Together(Alone):
     def optimizers(self, model: Transformer, config: OptimConfig) -> Optimizers:
         """Optimizers of what this process owns."""
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        if self.expert > 1:
-            for name, parameter in trained.items():
-                if ".experts." in name:
-                    mark(parameter, self.expert)
-        splits = model.row_splits()
+        for name, parameter in model.named_parameters() if self.expert > 1 else ():
+            if ".experts." in name:  # frozen ones too: DeepSpeed makes all alike that it takes for dense
+                mark(parameter, self.expert)
+        splits = {name: rows for name, rows in model.row_splits().items() if name in trained}
         items = [item_of(name, p, splits, config) for name, p in trained.items()]
         if self.config.zero:
             return self._zero(model, build_optimizers(trained.items(), splits, config, total=self.total))
@@ -408,6 +408,7 @@ def _join(config: ParallelConfig, device: torch.device) -> Any:
     import deepspeed
 
     deepspeed.utils.logger.setLevel("WARNING")
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     # A shared-memory sum for inference on CPUs, compiled for half a minute at every first start; nothing here sums so.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     limit = timedelta(minutes=config.timeout_minutes)

@@ -52,7 +52,7 @@ class ZeroOptimizers(Optimizers):
         if not self._linked:
             self._link()
         whole = {kind: safe_get_full_optimizer_state(parameter, kind) for kind in ("exp_avg", "exp_avg_sq")}
-        return whole | {"step": states[self._partition_of(parameter)]["step"]}
+        return whole | {"step": states[self._partition_of(parameter)]["step"].clone()}  # one for a group of parameters
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         self._check_state_tensors(tensors)
