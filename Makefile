@@ -69,9 +69,10 @@ slurm:
 	else echo "no slurmctld here: the tests of SLURM jobs are skipped; sudo $(SLURM)"; \
 	fi
 
-# Many small tests: a process a core with one thread each is twice as fast as one process with a thread a core.
+# Many small tests: a process a core with one thread each is twice as fast as one process with a thread a core. Those
+# that start processes themselves, for all tests of a file, stay together (xdist_group).
 test: .venv/.dev browser slurm
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist loadgroup -m "not slow and not gpu"
 
 test-all: test
 	$(BIN)/pytest -m "slow and not gpu"

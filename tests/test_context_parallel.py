@@ -16,7 +16,7 @@ from openv4.kernels.documents import find_documents
 from openv4.model.config import AttentionMode
 from openv4.train.planning import context_exchanges
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("context")]
 
 MODES: tuple[AttentionMode, ...] = ("sparse", "indexer_warmup")
 LEAKING = Case(6, MIXED, dtype=torch.float32)

@@ -5,7 +5,7 @@ import torch
 from parallel_cases import Case, alone, launch
 from torch import Tensor
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("parallel")]
 
 # All streams are equal before the first block, so that their mixing there has no gradient but rounding, which Muon
 # makes as large as any other.

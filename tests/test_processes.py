@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 from openv4.train.checkpoint import verify
 from openv4.train.metrics import read_lines
 
+pytestmark = pytest.mark.xdist_group("processes")
+
 COMMAND = [str(Path(sys.executable).parent / "openv4"), "train", *OVERRIDES, "optim.adamw.eps=1e-6"]
 SECONDS = 120
 
@@ -78,7 +80,7 @@ def test_a_run_of_two_processes_is_that_of_one(alone: Path, spread_run: Path) ->
     assert not found
 
 
-@pytest.mark.parametrize(("nproc", "expert"), [(1, 1), (2, 1)])
+@pytest.mark.parametrize(("nproc", "expert"), [(1, 1), pytest.param(2, 1, marks=pytest.mark.slow)])
 def test_resumes_on_other_numbers_of_processes(
     nproc: int, expert: int, small_data: Path, spread_run: Path, tmp_path: Path
 ) -> None:
@@ -97,7 +99,7 @@ def test_resumes_on_other_numbers_of_processes(
     assert rows(output)[4]["train/loss"] == pytest.approx(rows(spread_run)[4]["train/loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_stops_and_the_same_command_goes_on(
     number: signal.Signals, small_data: Path, spread_run: Path, tmp_path: Path
 ) -> None:
@@ -211,7 +213,7 @@ LORA = [
 ]
 
 
-@pytest.mark.parametrize("base", ["fp32", "released"])
+@pytest.mark.parametrize("base", ["fp32", pytest.param("released", marks=pytest.mark.slow)])
 def test_adapters_on_two_processes(base: str, release: Path, chat: Path, tmp_path: Path) -> None:
     """Experts spread, plainly and under ZeRO, resumed under the other; adapters are those of one process."""
     launcher = [COMMAND[0], "train", "run=lora", f"model.pretrained={release}", f"data.path={chat}", *QUICK, *LORA]
@@ -258,12 +260,20 @@ def test_a_release_is_finetuned_by_two_processes(release: Path, chat: Path, tmp_
             assert relative_rms(found["spread"][name].float(), tensor.float()) < 1e-2, name
 
 
-def test_torchrun_starts_a_run(small_data: Path, spread_run: Path, tmp_path: Path) -> None:
+LAUNCHERS = {
+    "torchrun": ["--standalone", "--nproc_per_node=2", "--no-python"],
+    "deepspeed": ["--no_python", "--no_local_rank", "--num_accelerators", "2"],
+}
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("deepspeed", marks=pytest.mark.slow)])
+def test_launchers_start_a_run(launcher: str, small_data: Path, spread_run: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    launcher = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node=2", "--no-python"]
+    program = str(Path(sys.executable).parent / launcher)
     result = subprocess.run(
-        [*launcher, *command(small_data, output, "checkpoint.every=4", "parallel.expert=2")],
-        capture_output=True, text=True, timeout=SECONDS, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False,
+        [program, *LAUNCHERS[launcher], *command(small_data, output, "checkpoint.every=4", "parallel.expert=2")],
+        capture_output=True, text=True, timeout=SECONDS, check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert rows(output) == rows(spread_run)

@@ -19,7 +19,7 @@ from slurm_cases import Slurm, events, running_slurm, stand_in, why_not
 
 from openv4.launch import slurm as launch_slurm
 
-pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
+pytestmark = [pytest.mark.skipif(bool(why_not()), reason=why_not()), pytest.mark.xdist_group("slurm")]
 
 # Two tasks that meet on this machine, and none of what a node of GPUs has.
 TWO = (
