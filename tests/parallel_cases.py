@@ -15,7 +15,7 @@ from openv4.model.released import released_tensors
 from openv4.optim.config import AdamWConfig, OptimConfig
 from openv4.train.checkpoint import split_experts
 from openv4.train.config import ParallelConfig, PrecisionConfig
-from openv4.train.loop import StepReport, training_step
+from openv4.train.loop import StepReport, filled, split_batch, training_step
 from openv4.train.parallel import ALONE, Alone, Together
 from openv4.train.precision import apply_precision
 
@@ -43,6 +43,7 @@ class Case:
     zero: Literal[0, 1, 2] = 0
     first: float = 1e-5  # how far the gradients of the first step may be from those of one process, relative
     after: float = 1e-5  # the same of the losses of all steps; weights are allowed more
+    poisoned: bool = False  # a gradient of the last process is not a number
     starved: bool = False  # all tokens choose the first experts, so that the others get none
     model: Mapping[str, Any] = field(default_factory=dict)
 
@@ -73,6 +74,8 @@ def run(case: Case, processes: Alone, together: int = 1) -> dict[str, Tensor]:
     optim = OptimConfig(matrices=case.matrices, adamw=AdamWConfig(eps=1e-6))  # type: ignore[arg-type]
     optimizers = processes.optimizers(model, optim)
     now = plan(sequence_length=case.length, rows=case.rows, attention=case.attention, bias_speed=0.05)
+    if case.poisoned and processes.rank == processes.world - 1:
+        model.norm.weight.register_hook(lambda gradient: gradient * torch.nan)
     gradients: dict[str, Tensor] = {}
     update = optimizers.step
 
@@ -91,12 +94,10 @@ def run(case: Case, processes: Alone, together: int = 1) -> dict[str, Tensor]:
         tokens = torch.randint(0, config.vocab_size, (case.rows, case.length), generator=generator)
         segments = torch.randint(0, 3, (case.rows, case.length), generator=generator).sort(1).values
         segments[:, case.length - 2 :] = -1 if step else 2
-        mine = range(processes.replica, case.rows, processes.replicas)
+        mine = list(range(processes.replica, case.rows, processes.replicas))
+        whole = filled(Batch(tokens[mine], segments[mine], ((),) * len(mine)), -(-case.rows // processes.replicas), 1)
         many = case.micro_rows * (together if processes.world == 1 else 1)
-        batches = [
-            Batch(tokens[list(mine[i : i + many])], segments[list(mine[i : i + many])], ())
-            for i in range(0, len(mine), many)
-        ]
+        batches = split_batch(whole, many * case.length, torch.device("cpu"))
         processes.steps = step
         reports.append(training_step(model, optimizers, batches, now, case.clip, step == 0, processes))
     result = {

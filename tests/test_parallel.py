@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from model_cases import random_model
 from parallel_cases import Case, alone, launch
 from torch import Tensor
+
+from openv4.model.released import released_tensors
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("parallel")]
 
@@ -23,6 +26,9 @@ CASES = {
         Case("starved", expert=2, seed=2, starved=True),
         Case("clipped", expert=2, seed=3, clip=0.1),
         Case("accumulated", expert=2, seed=4, rows=6),
+        Case("idle", expert=2, seed=23, rows=3),  # in the second micro-batch the second process has padding alone
+        Case("rowless", seed=24, rows=1),
+        Case("poisoned", expert=2, seed=25, poisoned=True),
         Case("dense", expert=2, seed=5, attention="dense"),
         Case("warmup", seed=6, attention="indexer_warmup"),
         Case("replayed", expert=2, seed=7, recompute="full"),
@@ -46,7 +52,7 @@ CASES = {
     ],
 }
 KINDS = ("tokens", "results", "gradients", "weights")
-EACH = [(world, case) for world, cases in CASES.items() for case in cases]
+EACH = [(world, case) for world, cases in CASES.items() for case in cases if not case.poisoned]
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +88,15 @@ def test_equals_one_process(world: int, case: Case, found: dict[str, list[dict[s
             wrong[name] = error / size
     assert not wrong, dict(list(wrong.items())[:6])
     assert {name for rank in ranks for name in rank if not name.startswith("sent.")} == set(wanted)
+
+
+def test_what_is_not_finite_in_one_process_changes_nothing_in_any(found: dict[str, list[dict[str, Tensor]]]) -> None:
+    case = next(case for case in CASES[2] if case.poisoned)
+    untouched = dict(released_tensors(random_model(case.config, case.seed)))
+    for rank in found["2-poisoned"]:
+        assert rank["norms"].isnan().all()
+        kept = {name.removeprefix("model."): value for name, value in rank.items() if name.startswith("model.")}
+        assert kept and all(torch.equal(value, untouched[name]) for name, value in kept.items())
 
 
 @pytest.mark.parametrize(("world", "case"), EACH, ids=lambda value: getattr(value, "name", value))

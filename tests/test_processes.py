@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -97,6 +98,32 @@ def test_resumes_on_other_numbers_of_processes(
     for mine, other in zip(rows(output)[4:], rows(spread_run)[4:], strict=True):
         assert mine["train/loss"] == pytest.approx(other["train/loss"], rel=2e-4)
     assert rows(output)[4]["train/loss"] == pytest.approx(rows(spread_run)[4]["train/loss"], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_from_four_processes_to_others(small_data: Path, alone: Path, tmp_path: Path) -> None:
+    """Each with one expert; the first steps have rows for two of them. Saved, and gone on with by 1, by 2 with two
+    experts each, by 2 with all; 3 are refused."""
+    four = tmp_path / "four"
+    result = run(small_data, four, "steps=4", "checkpoint.every=4", *spread(4, 4))
+    assert result.returncode == 0, result.stderr
+    for mine, other in zip(rows(four), rows(alone), strict=False):
+        assert mine["train/loss"] == pytest.approx(other["train/loss"], rel=2e-4)
+    losses = []
+    for nproc, expert in ((1, 1), (2, 2), (2, 1)):
+        output = tmp_path / f"{nproc}_{expert}"
+        shutil.copytree(four, output)
+        result = run(small_data, output, "steps=6", *spread(nproc, expert))
+        assert result.returncode == 0 and "resumed at step 4" in result.stdout, result.stderr
+        losses.append([row["train/loss"] for row in rows(output)[4:]])
+        first = weights(output / "checkpoints" / "step_4")
+        assert all(
+            torch.equal(tensor, first[name]) for name, tensor in weights(four / "checkpoints" / "step_4").items()
+        )
+    for other in losses[1:]:
+        assert other == pytest.approx(losses[0], rel=1e-5)
+    result = run(small_data, four, "steps=6", *spread(3, 3))
+    assert result.returncode == 2 and "does not divide the 4 routed experts" in result.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])

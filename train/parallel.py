@@ -1,9 +1,9 @@
 """Many processes on one model: which one this is, its groups, and what the processes do together.
 
-DeepSpeed is the engine: it joins the processes, makes the groups of experts, runs backward passes and steps, and, where
-AdamW trains alone, may partition its state (ZeRO). Ours are the way of tokens to experts (`dispatch.py`), the
-owners of parameters (`optim/ownership.py`, `optim/exchange.py`) and checkpoints. A run of one process is `Alone`, and
-imports none of DeepSpeed.
+DeepSpeed is the engine: it makes the groups of experts, runs backward passes and steps, and, where AdamW trains alone,
+may partition its state (ZeRO). Ours are how processes meet (`preflight.py`), the way of tokens to experts
+(`dispatch.py`), the owners of parameters (`optim/ownership.py`, `optim/exchange.py`) and checkpoints. A run of one
+process is `Alone`, and imports none of DeepSpeed.
 
 Consecutive processes hold different experts (an expert-parallel group) and share rows (a context-parallel group).
 Losses are sums over a process's own tokens, divided by counts of all; so gradients are sums over processes.
@@ -320,7 +320,6 @@ class Together(Alone):
             ({name: p for name, p in trained.items() if ".experts." not in name}, self._everybody),
             ({name: p for name, p in trained.items() if ".experts." in name}, self._holders),
         )
-        # Experts are held by processes `expert` apart; an owner's place is its number among them.
         self._table = self._whole_model(build_optimizers(trained.items(), splits, config))
         dtype = torch.bfloat16 if self.config.gradients == "bf16" else torch.float32
         self.exchanges = [
@@ -414,9 +413,7 @@ def _join(config: ParallelConfig, device: torch.device) -> Any:
     limit = timedelta(minutes=config.timeout_minutes)
     if not dist.is_initialized():
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        store = meet(
-            rank, world, os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", "29500"))
-        )
+        store = meet(rank, world, *_address())
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
     deepspeed.init_distributed(timeout=limit, verbose=False)
