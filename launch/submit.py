@@ -133,7 +133,7 @@ def check_run(config: TrainConfig, inside: bool = False) -> None:
         if folder.is_dir() and any(path.name not in (".lock", ".config.yaml") for path in folder.iterdir()):
             raise ConfigError(f"output={folder} holds files that are no run's; choose another folder")
     elif (folder / "checkpoints" / "latest").exists():
-        from ..train.loop import differences  # imports torch, two seconds
+        from ..train.folder import differences  # imports torch, two seconds
 
         if changed := differences(from_yaml(TrainConfig, there.read_text()), config):
             raise ConfigError(f"output={folder} holds another run ({'; '.join(changed)}); choose another output")

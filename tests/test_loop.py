@@ -36,7 +36,8 @@ from openv4.model.init import init_weights
 from openv4.model.loss import training_losses
 from openv4.optim.schedule import Schedule
 from openv4.train.config import CheckpointError, ConfigError, TrainConfig, from_yaml, load_config, to_yaml
-from openv4.train.loop import claim_folder, split_batch, train, training_step
+from openv4.train.folder import claim_folder
+from openv4.train.loop import split_batch, train, training_step
 from openv4.train.metrics import read_lines
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -149,7 +150,7 @@ def test_killed_before_the_summary(
     """The last checkpoint is written, the validation after it is not: the same command does what is left."""
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "copy_tokenizer", fail_after(0))
+        patch.setattr(loop, "conclude", fail_after(0))
         with pytest.raises(KeyboardInterrupt):
             train(replace(config, output=str(run)))
     assert not (run / "summary.json").exists()

@@ -132,14 +132,7 @@ def test_a_signal_stops_and_the_same_command_goes_on(
 ) -> None:
     """The rows, the weights and the optimizer's state are to the bit those of a run that was not interrupted."""
     output = tmp_path / "run"
-    process = subprocess.Popen(
-        command(small_data, output, "checkpoint.every=4", *spread(2, 2)),
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    deadline = time.monotonic() + SECONDS
-    while not (output / "metrics.jsonl").exists() or not read_lines(output / "metrics.jsonl"):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.01)
+    process = started(small_data, output, "checkpoint.every=4")
     process.send_signal(number)
     text, _ = process.communicate(timeout=SECONDS)
     assert process.returncode == 85, text
@@ -181,14 +174,8 @@ def test_a_process_that_dies_ends_the_run_and_is_named(small_data: Path, spread_
 def test_a_process_that_hangs_is_named(small_data: Path, tmp_path: Path) -> None:
     """Stopped, not ended: the others wait for it, and it cannot say so itself. Woken, it goes on."""
     output = tmp_path / "run"
-    process = subprocess.Popen(
-        command(small_data, output, "parallel.hang_minutes=0.1", *spread(2, 2)),
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    process = started(small_data, output, "parallel.hang_minutes=0.1")
     deadline = time.monotonic() + SECONDS
-    while not (output / "metrics.jsonl").exists() or not read_lines(output / "metrics.jsonl"):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.01)
     victim = int(child_of(process.pid, 1))
     os.kill(victim, signal.SIGSTOP)
     while not (hangs := [event for event in read_lines(output / "events.jsonl") if event["kind"] == "hang"]):
@@ -202,6 +189,19 @@ def test_a_process_that_hangs_is_named(small_data: Path, tmp_path: Path) -> None
     )
     assert f"hang: {hangs[0]['text']}" in text
     assert re.search(r"rank 0 \(.*\): no step has ended for .* s\n +File", text)  # its stack
+
+
+def started(data: Path, output: Path, *overrides: str) -> subprocess.Popen[str]:
+    """A run of two processes, after its first step."""
+    process = subprocess.Popen(
+        command(data, output, *overrides, *spread(2, 2)),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    deadline = time.monotonic() + SECONDS
+    while not read_lines(output / "metrics.jsonl"):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    return process
 
 
 def child_of(pid: int, rank: int) -> str:

@@ -1,12 +1,8 @@
 """The training loop, one for every recipe. ``training_step`` is the whole of a step; ``train`` is what surrounds it."""
 
-import fcntl
 import json
 import math
 import os
-import signal
-import threading
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -26,23 +22,25 @@ from ..model.generate import generate
 from ..model.init import init_weights
 from ..model.lora import add_lora
 from ..model.loss import Counts, Losses, training_losses
-from ..model.released import copy_companions, copy_tokenizer, load_pretrained, weights_fingerprint
+from ..model.released import load_pretrained, weights_fingerprint
 from ..model.tensor_files import write_json
 from ..model.transformer import Transformer
 from ..optim.groups import GroupRow, Optimizers
 from ..optim.schedule import Plan, Schedule
-from .checkpoint import Processes, TrainState, latest_checkpoint, load_checkpoint, make_latest, remove_leftovers
+from .checkpoint import Processes, TrainState, latest_checkpoint, load_checkpoint, make_latest
 from .checkpoint_writer import CheckpointWriter
-from .config import CheckpointError, ConfigError, PrecisionConfig, Preempted, TrainConfig, from_yaml, leaves, to_yaml
+from .config import CheckpointError, ConfigError, PrecisionConfig, Preempted, TrainConfig
 from .dataset import Dataset, open_dataset
-from .environment import code_version, write_environment
+from .environment import code_version
 from .evaluation import Evaluation, evaluate, without_dropout
+from .folder import claim_folder, write_description
 from .journal import Journal
 from .meter import Meter, StepReport
 from .metrics import finite, plot_loss, read_metrics, summarize_rows, summary_table
 from .parallel import ALONE, Alone, start
 from .precision import apply_precision, describe_precision
 from .progress import progress_bar
+from .signals import StopSignal
 
 
 def training_step(
@@ -221,39 +219,6 @@ def train(config: TrainConfig) -> Path:
     return run
 
 
-class StopSignal:
-    """Notes a first SIGUSR1 or SIGTERM, as SLURM sends some minutes before it kills, so that the step can end and the
-    run be saved; a second one, some seconds later, ends the process as it does by default. (Sooner it is the first one
-    on another way: from a launcher and from SLURM.)
-
-    Attributes:
-        signal: its name, once it has come.
-    """
-
-    SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
-    SECONDS = 5.0
-
-    def __init__(self) -> None:
-        self.signal, self._noted = "", 0.0
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> "StopSignal":
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
-            self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: object) -> None:
-        if not self.signal:
-            self.signal, self._noted = signal.Signals(number).name, time.monotonic()
-        elif time.monotonic() > self._noted + self.SECONDS:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-
-
 def device_of(config: TrainConfig) -> torch.device:
     """The device of this process."""
     if config.device == "cpu" or not torch.cuda.is_available():
@@ -265,14 +230,6 @@ def device_of(config: TrainConfig) -> torch.device:
 
 def open_run_dataset(config: TrainConfig, run: Path) -> Dataset:
     return open_dataset(config.data, run, config.model, config.pretrained, config.shortest_row)
-
-
-def write_description(run: Path, config: TrainConfig, data: Dataset) -> None:
-    """What tells of a run, and what goes with its weights."""
-    write_config(run, config)
-    if config.pretrained:
-        copy_companions(Path(config.pretrained), run)
-    copy_tokenizer(data.tokenizer_path, run, config.model)
 
 
 def filled(batch: Batch, rows: int, pad: int) -> Batch:
@@ -336,54 +293,6 @@ def make_schedule(config: TrainConfig, data: Dataset) -> Schedule:
         return Schedule(stages, config.steps)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-
-
-def claim_folder(run: Path, config: TrainConfig, stack: ExitStack) -> None:
-    """Creates the run's folder or recognises it as this run's, and locks it."""
-    config_file = run / "config.yaml"
-    if run.exists() and not run.is_dir():
-        raise ConfigError(f"output={run} is a file; choose a folder")
-    ours = (".lock", ".config.yaml")  # all there is if a run was killed at once
-    if run.is_dir() and not config_file.exists() and any(path.name not in ours for path in run.iterdir()):
-        raise ConfigError(f"output={run} holds files that are no run's; choose another folder")
-    run.mkdir(parents=True, exist_ok=True)
-    lock = stack.enter_context((run / ".lock").open("w"))
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it, however this process ends
-    except OSError:
-        raise ConfigError(f"output={run}: another process trains here; wait for it or choose another folder") from None
-    if latest_checkpoint(run / "checkpoints") is None:
-        write_config(run, config)  # whatever was configured here before has trained nothing
-    else:
-        try:
-            changed = differences(from_yaml(TrainConfig, config_file.read_text()), config)
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"{config_file}: unreadable ({error}); restore it, choose another output or remove the folder"
-            ) from None
-        if changed:
-            raise ConfigError(
-                f"output={run} holds another run ({'; '.join(changed)}); choose another output or remove the folder"
-            )
-    (run / "checkpoints").mkdir(exist_ok=True)
-    remove_leftovers(run / "checkpoints")
-
-
-def write_config(run: Path, config: TrainConfig) -> None:
-    """What describes the run, once it is sure that the folder is this run's."""
-    temporary = run / ".config.yaml"
-    temporary.write_text(to_yaml(config))
-    temporary.rename(run / "config.yaml")
-    write_environment(run / "env.json")
-
-
-def differences(before: TrainConfig, now: TrainConfig) -> list[str]:
-    """What makes ``now`` another run than ``before``: all that decides a weight. (Data is told by its fingerprint.)"""
-    old, new = dict(leaves(asdict(before))), dict(leaves(asdict(now)))
-    decisive = ("seed", "grad_clip", "model", "optim", "precision", "stages", "epochs", "lora")
-    keys = [key for key in old | new if key.split(".")[0] in decisive and old.get(key) != new.get(key)]
-    found = [f"{key} was {old.get(key)}, now {new.get(key)}" for key in keys[:4]]
-    return [*found, f"{len(keys) - 4} more"] if len(keys) > 4 else found
 
 
 def make_deterministic(config: TrainConfig, device: torch.device, rank: int) -> None:

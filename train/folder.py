@@ -1,0 +1,68 @@
+"""The folder of a run: whose it is, and what describes the run in it."""
+
+import fcntl
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+
+from ..model.released import copy_companions, copy_tokenizer
+from .checkpoint import latest_checkpoint, remove_leftovers
+from .config import ConfigError, TrainConfig, from_yaml, leaves, to_yaml
+from .dataset import Dataset
+from .environment import write_environment
+
+
+def claim_folder(run: Path, config: TrainConfig, stack: ExitStack) -> None:
+    """Creates the run's folder or recognises it as this run's, and locks it."""
+    config_file = run / "config.yaml"
+    if run.exists() and not run.is_dir():
+        raise ConfigError(f"output={run} is a file; choose a folder")
+    ours = (".lock", ".config.yaml")  # all there is if a run was killed at once
+    if run.is_dir() and not config_file.exists() and any(path.name not in ours for path in run.iterdir()):
+        raise ConfigError(f"output={run} holds files that are no run's; choose another folder")
+    run.mkdir(parents=True, exist_ok=True)
+    lock = stack.enter_context((run / ".lock").open("w"))
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it, however this process ends
+    except OSError:
+        raise ConfigError(f"output={run}: another process trains here; wait for it or choose another folder") from None
+    if latest_checkpoint(run / "checkpoints") is None:
+        write_config(run, config)  # whatever was configured here before has trained nothing
+    else:
+        try:
+            changed = differences(from_yaml(TrainConfig, config_file.read_text()), config)
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"{config_file}: unreadable ({error}); restore it, choose another output or remove the folder"
+            ) from None
+        if changed:
+            raise ConfigError(
+                f"output={run} holds another run ({'; '.join(changed)}); choose another output or remove the folder"
+            )
+    (run / "checkpoints").mkdir(exist_ok=True)
+    remove_leftovers(run / "checkpoints")
+
+
+def write_description(run: Path, config: TrainConfig, data: Dataset) -> None:
+    """What tells of a run, and what goes with its weights."""
+    write_config(run, config)
+    if config.pretrained:
+        copy_companions(Path(config.pretrained), run)
+    copy_tokenizer(data.tokenizer_path, run, config.model)
+
+
+def write_config(run: Path, config: TrainConfig) -> None:
+    """What describes the run, once it is sure that the folder is this run's."""
+    temporary = run / ".config.yaml"
+    temporary.write_text(to_yaml(config))
+    temporary.rename(run / "config.yaml")
+    write_environment(run / "env.json")
+
+
+def differences(before: TrainConfig, now: TrainConfig) -> list[str]:
+    """What makes ``now`` another run than ``before``: all that decides a weight. (Data is told by its fingerprint.)"""
+    old, new = dict(leaves(asdict(before))), dict(leaves(asdict(now)))
+    decisive = ("seed", "grad_clip", "model", "optim", "precision", "stages", "epochs", "lora")
+    keys = [key for key in old | new if key.split(".")[0] in decisive and old.get(key) != new.get(key)]
+    found = [f"{key} was {old.get(key)}, now {new.get(key)}" for key in keys[:4]]
+    return [*found, f"{len(keys) - 4} more"] if len(keys) > 4 else found
