@@ -58,7 +58,6 @@ class Exchange:
         }
         self.sent = {"gradients": 0, "weights": 0}
         self._buckets = list(_buckets(self._parameters, bucket_bytes))
-        self._place = {name: index for index, bucket in enumerate(self._buckets) for name in bucket}
         self._expected: set[str] = set()  # what had a gradient in the last step
         self._watched = False
         self._ready: set[str] = set()
@@ -118,7 +117,10 @@ class Exchange:
         return _Bucket(names, mine, own, outgoing, received, work)
 
     def collect(self) -> None:
-        """Waits until every gradient is with its owner, as that of its shard; those of the model are gone then."""
+        """Waits until every gradient is with its owner, as that of its shard; those of the model are gone then.
+
+        Which parameters have one must be the same in all processes of the group: it follows from the stage alone.
+        """
         held = {name for name, parameter in self._parameters.items() if parameter.grad is not None}
         while len(self._under_way) < len(self._buckets):
             self._send(held.intersection(self._buckets[len(self._under_way)]))
