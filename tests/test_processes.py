@@ -191,6 +191,26 @@ def test_a_process_that_hangs_is_named(small_data: Path, tmp_path: Path) -> None
     assert re.search(r"rank 0 \(.*\): no step has ended for .* s\n +File", text)  # its stack
 
 
+@pytest.mark.slow
+def test_a_process_that_is_slow_is_named(small_data: Path, tmp_path: Path) -> None:
+    """It runs a tenth of the time."""
+    output = tmp_path / "run"
+    process = started(small_data, output, "parallel.hang_minutes=0.1", "steps=100000")
+    victim, deadline = int(child_of(process.pid, 1)), time.monotonic() + SECONDS
+    try:
+        while not (slow := [event for event in read_lines(output / "events.jsonl") if event["kind"] == "slow"]):
+            assert time.monotonic() < deadline and process.poll() is None
+            os.kill(victim, signal.SIGSTOP)
+            time.sleep(0.45)
+            os.kill(victim, signal.SIGCONT)
+            time.sleep(0.05)
+    finally:
+        os.kill(victim, signal.SIGCONT)
+        process.kill()
+        process.communicate()
+    assert slow[0]["text"].startswith("rank 1 (")
+
+
 def started(data: Path, output: Path, *overrides: str) -> subprocess.Popen[str]:
     """A run of two processes, after its first step."""
     process = subprocess.Popen(

@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +153,7 @@ def train(config: TrainConfig) -> Path:
         meter = Meter(config, device, processes)
         where = config.precision, device
 
-        at_step = stack.enter_context(processes.watched(partial(journal.warn, "hang")))
+        at_step = stack.enter_context(processes.watched(journal.warn))
 
         plan = schedule.plan(state.step, state.tokens)
         if plan is not None:

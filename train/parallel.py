@@ -115,8 +115,8 @@ class Alone:
         loss.backward()
 
     @contextmanager
-    def watched(self, tell: Callable[[str], None]) -> Iterator[Callable[[int], None]]:
-        """Within, ``tell`` is given a line where no step ends for long; returns what is to be called with each step."""
+    def watched(self, tell: Callable[[str, str], None]) -> Iterator[Callable[[int], None]]:
+        """Within, ``tell`` is given an event where a process holds others up; returns what to call with each step."""
         yield lambda step: None
 
     def step(self, optimizers: Optimizers, lr: float, found_inf: Tensor) -> None:
@@ -244,7 +244,7 @@ class Together(Alone):
         self._engine.backward(loss * self.world if self.config.zero else loss, scale_wrt_gas=False)
 
     @contextmanager
-    def watched(self, tell: Callable[[str], None]) -> Iterator[Callable[[int], None]]:
+    def watched(self, tell: Callable[[str, str], None]) -> Iterator[Callable[[int], None]]:
         address, port, seconds = *_address(), 60 * self.config.hang_minutes
         store = TCPStore(address, port, is_master=False, wait_for_workers=False)  # training has its own
         with Watchdog(store, self.rank, self.world, host_name(), seconds, tell) as watchdog:
