@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from ..train.config import ConfigError, TrainConfig, to_yaml
+from ..train.config import REQUEUE_EXIT, ConfigError, TrainConfig, to_yaml
 from ..train.loop import train
 from ..train.parallel import launched
 from ..train.preflight import check_layout
@@ -84,8 +84,9 @@ def _watch(children: list[subprocess.Popen[bytes]]) -> int:
     failed, deadline = None, 0.0
     while any(child.poll() is None for child in children):
         codes = [child.poll() for child in children]
-        if failed is None and any(codes):
-            failed = next(rank for rank, code in enumerate(codes) if code)
+        if failed is None:
+            # Who has saved in time waits for nobody, and nobody for it: the others end by themselves.
+            failed = next((rank for rank, code in enumerate(codes) if code not in (None, 0, REQUEUE_EXIT)), None)
             deadline = time.monotonic() + GRACE
         if failed is not None and time.monotonic() > deadline:
             for child in children:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .config import ModelConfig
+from .released import first_expert
 from .transformer import Transformer
 
 
@@ -99,7 +100,7 @@ def init_weights(model: Transformer, seed: int = 0) -> None:
         if ".experts." in name and len(tensor) < model.config.n_routed_experts:
             whole = tensor.new_empty(model.config.n_routed_experts, *tensor.shape[1:])
             draw(whole, name, model.config, generator)
-            first: int = model.get_submodule(name.rpartition(".")[0]).first  # type: ignore[assignment]
+            first = first_expert(model.get_submodule(name.rpartition(".")[0]))
             tensor.copy_(whole[first : first + len(tensor)])
         else:
             draw(tensor, name, model.config, generator)

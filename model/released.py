@@ -109,7 +109,7 @@ def released_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
 
 def first_expert(experts: torch.nn.Module) -> int:
     """Global number of the first expert that is held; 0 where all are."""
-    return int(getattr(experts, "first", 0))
+    return int(experts.first)  # type: ignore[arg-type]
 
 
 def checkpoint_tensors(model: Transformer) -> dict[str, Tensor]:

@@ -5,12 +5,14 @@ import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from types import FrameType
 from typing import TypeVar
 
+from run_cases import contents
 from torch import Tensor
 
-from openv4.train.checkpoint import Processes
+from openv4.train.checkpoint import Processes, latest_checkpoint, make_latest, remove_leftovers
 from openv4.train.checkpoint_writer import Snapshot
 
 T = TypeVar("T")
@@ -80,3 +82,16 @@ def killer(line: int) -> Callable[..., object]:
         return trace
 
     return trace
+
+
+def whole_after_a_kill(work: Path, before: Path, after: Path, expected: Mapping[str, bytes], line: int) -> Path:
+    """The newest checkpoint of ``work``, where saving step 3 was killed at a line: byte for byte one of ``before`` or
+    ``after``, and so is the whole folder once leftovers are gone. ``expected`` holds the files of both."""
+    newest = latest_checkpoint(work)
+    assert newest is not None
+    found = {f"{newest.name}/{name}": data for name, data in contents(newest).items()}
+    assert found == {name: data for name, data in expected.items() if name.startswith(newest.name)}, line
+    remove_leftovers(work)
+    make_latest(newest, keep=2)
+    assert contents(work) == contents(after if newest.name == "step_3" else before), line
+    return newest

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_cases import deal, in_threads, killer
+from checkpoint_cases import deal, in_threads, killer, whole_after_a_kill
 from lora_cases import EVERYTHING, randomise
 from model_cases import random_model
 from run_cases import contents, optimizers_of, trained
@@ -40,7 +40,6 @@ from openv4.train.checkpoint import (
     join_experts,
     latest_checkpoint,
     load_checkpoint,
-    make_latest,
     remove_leftovers,
     split_experts,
     verify,
@@ -660,14 +659,8 @@ def killed_at_lines(folder: Path, victim: int, stride: int) -> None:
                     os._exit(1)
                 os._exit(0)
             killed |= os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-        newest = latest_checkpoint(work)
-        assert newest is not None
-        found = {f"{newest.name}/{name}": data for name, data in contents(newest).items()}
-        assert found == {name: data for name, data in expected.items() if name.startswith(newest.name)}, line
+        newest = whole_after_a_kill(work, before, after, expected, line)
         resumed_at.add(newest.name.removeprefix("step_"))
-        remove_leftovers(work)
-        make_latest(newest, keep=2)
-        assert contents(work) == contents(after if newest.name == "step_3" else before), line
         if not killed:
             assert newest.name == "step_3"
             print(line - 1, ",".join(sorted(resumed_at)))

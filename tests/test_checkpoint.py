@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_cases import killer
+from checkpoint_cases import killer, whole_after_a_kill
 from model_cases import random_config, random_model
 from run_cases import contents, optimizers_of, rows, tiny_config, trained
 from safetensors import SafetensorError
@@ -33,7 +33,6 @@ from openv4.train.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
     load_model,
-    make_latest,
     remove_leftovers,
     verify,
 )
@@ -452,14 +451,8 @@ def save_killed_at_lines(folder: Path, stride: int) -> None:
             save_checkpoint(work, whole_snapshot(model, optimizers, replace(state, step=3)), keep=2)
             os._exit(0)
         killed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-        newest = latest_checkpoint(work)
-        assert newest is not None
-        found = {f"{newest.name}/{name}": data for name, data in contents(newest).items()}
-        assert found == {name: data for name, data in expected.items() if name.startswith(newest.name)}, line
+        newest = whole_after_a_kill(work, before, after, expected, line)
         resumed_at.add(newest.name.removeprefix("step_"))
-        remove_leftovers(work)
-        make_latest(newest, keep=2)
-        assert contents(work) == contents(after if newest.name == "step_3" else before), line
         if not killed:
             assert newest.name == "step_3"
             print(line - 1, ",".join(sorted(resumed_at)))
