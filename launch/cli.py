@@ -1,5 +1,6 @@
 """The ``openv4`` console script: finds the command, composes its config, and turns bad input into one clear line."""
 
+import atexit
 import importlib
 import os
 import re
@@ -85,6 +86,8 @@ def main() -> None:
         sys.exit(130)
     except EXPECTED as error:
         _fail(error)
+    if _one_of_several():
+        _exit(0)
 
 
 def main_of_process(config: str) -> None:
@@ -98,6 +101,8 @@ def main_of_process(config: str) -> None:
         sys.exit(130)
     except EXPECTED as error:
         _fail(error)
+    if _one_of_several():
+        _exit(0)
 
 
 def _spelled_out(schema: type[Any], positional: str | None, arguments: list[str]) -> list[str]:
@@ -151,12 +156,19 @@ def _fail(error: Exception) -> NoReturn:
 
 
 def _exit(code: int) -> NoReturn:
-    """One process of several ends at once: threads of a process group that it has not left would abort Python's end."""
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    """One process of several ends at once: threads of process groups, in C++, can abort the interpreter's own end, of
+    groups that were left as well (rarely: they are in the middle of something then)."""
+    if _one_of_several():
+        if code == 0:
+            atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _one_of_several() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def _help() -> str:

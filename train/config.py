@@ -150,6 +150,7 @@ class LoggingConfig:
     """Attributes:
     every: optimizer steps between rows of metrics.jsonl; the first step and those with a validation always have one.
     wandb: auto (online where WANDB_API_KEY is set, else offline), online, offline or disabled.
+    detail: also log what every layer's numbers are (activation maxima and the like), and what costs more to measure.
     project: W&B project.
     peak_tflops: of the device at the training dtype, for MFU; null looks it up or, on a CPU, measures it.
     sample_prompt, sample_tokens: text to continue when training ends; null for none.
@@ -157,6 +158,7 @@ class LoggingConfig:
 
     every: int = 1
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    detail: bool = False
     project: str = "openv4"
     peak_tflops: float | None = None
     sample_prompt: str | None = None
@@ -206,6 +208,49 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
+class StabilityConfig:
+    """What happens when a loss spikes, and what is compared to find wrong arithmetic. V4 detects spikes, goes back a
+    little and trains for a while with anticipatory routing (recipe 7); its numbers are not published, these are ours.
+
+    Attributes:
+        on_spike: of the loss, or of the gradient norm together with it: rollback goes back to the newest checkpoint
+            from before, warn tells of it, ignore does not look. `max_skipped` holds for rollback and warn.
+        z: a spike is so many robust standard deviations above the trend of the last `window` steps; nothing is said
+            before as many steps of a stage are known.
+        batch: after a rollback, the batches of the spike are left out (skip) or come again (keep).
+        max_rollbacks: of a run; the next spike stops it.
+        max_skipped: so many steps in a row without a finite gradient are a spike as well.
+        anticipatory: never, after each rollback, or always: experts are chosen by the parameters of `delay` steps
+            before, for `period` steps.
+        check_every: steps between comparisons of the weights that several processes hold alike; 0 for none.
+        replay_every: steps between repetitions of one step's forward and backward pass, which must give the same bits;
+            0 for none.
+    """
+
+    on_spike: Literal["rollback", "warn", "ignore"] = "rollback"
+    z: float = 8.0
+    window: int = 64
+    batch: Literal["skip", "keep"] = "skip"
+    max_rollbacks: int = 5
+    max_skipped: int = 20
+    anticipatory: Literal["never", "after_rollback", "always"] = "after_rollback"
+    delay: int = 8
+    period: int = 200
+    check_every: int = 100
+    replay_every: int = 0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.z < math.inf:
+            raise ConfigError(f"stability.z={self.z} must be at least 1; on_spike=ignore turns the guard off")
+        for key, least in {"window": 8, "max_skipped": 1, "period": 1}.items():
+            if getattr(self, key) < least:
+                raise ConfigError(f"stability.{key}={getattr(self, key)} must be at least {least}")
+        for key in ("max_rollbacks", "delay", "check_every", "replay_every"):
+            if getattr(self, key) < 0:
+                raise ConfigError(f"stability.{key}={getattr(self, key)} must not be negative")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """A whole training run; `conf/train.yaml` and `conf/run/*.yaml` hold its values.
 
@@ -231,6 +276,7 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    stability: StabilityConfig = field(default_factory=StabilityConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
