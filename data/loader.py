@@ -39,6 +39,7 @@ class Batch(NamedTuple):
     segments: Tensor  # [B, T] int32: 0, 1, 2 ... per row, -1 is padding
     pieces: tuple[Row, ...]  # per row what it holds, for tracing
     trained: Tensor | None = None  # [B, T] bool: the tokens that the loss counts when they are predicted; None: all
+    experts: Tensor | None = None  # [B, G, T, K]: ids chosen before (`Transformer.choose_experts`); None: not yet
 
 
 class Loader:

@@ -20,6 +20,7 @@ from ..train.config import (
     REQUEUE_EXIT,
     CheckpointError,
     ConfigError,
+    DivergedError,
     Preempted,
     StoppedElsewhere,
     from_yaml,
@@ -58,7 +59,7 @@ COMMANDS = {
 }
 
 # What users cause and can mend. Anything else is a fault of ours and keeps its traceback.
-USER_ERRORS = (ConfigError, ModelConfigError, DataError, WeightsError, CheckpointError, OSError)
+USER_ERRORS = (ConfigError, ModelConfigError, DataError, WeightsError, CheckpointError, DivergedError, OSError)
 EXPECTED = (*USER_ERRORS, Preempted, StoppedElsewhere)
 
 

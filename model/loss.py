@@ -82,12 +82,13 @@ def training_losses(
     indexer: bool = False,
     statistics: bool = False,
     trained: Tensor | None = None,
+    experts: Tensor | None = None,
 ) -> Losses:
     """Runs the model on ``tokens [B, T]`` packed as ``segments [B, T]`` says, and sums its losses: in a model with a
     context, those of this process's part of the rows.
 
     ``trained [B, T]`` bool are the tokens whose prediction counts (None: all): a chat's replies, not its prompts. The
-    losses of router and indexer are over all tokens: prompts pass through both.
+    losses of router and indexer are over all tokens: prompts pass through both. ``experts`` as in ``Transformer.run``.
 
     ``indexer`` computes the indexers' loss as well. In the mode "indexer_warmup" it is the only one with a gradient:
     everything else is frozen, and what it costs to remember for a backward pass is saved (recipe 2.5).
@@ -97,7 +98,7 @@ def training_losses(
     if statistics:
         model.gauge.start()
     with torch.set_grad_enabled(torch.is_grad_enabled() and not warmup):
-        output = model.run(tokens, segments, task=task, mtp=mtp and not warmup)
+        output = model.run(tokens, segments, task=task, mtp=mtp and not warmup, experts=experts)
         targets = model.part(shifted_targets(tokens, segments, 1, trained))
         main = linear_cross_entropy(model.hidden(output.streams), model.head.weight, targets)
         mtp_sum = main.new_zeros(())
@@ -153,10 +154,11 @@ def summarize(reports: dict[str, BlockReport], valid: Tensor) -> dict[str, Tenso
     gains = composite_gains([matrix for report in main.values() for matrix in report.residuals])
     sink = torch.stack([report.sink[valid].mean() for report in main.values()])
     clamped = torch.stack([report.routing.clamped for report in reports.values()])
+    stale = [report.routing.stale for report in reports.values() if report.routing.stale is not None]
     return {
         "mhc/forward_gain": gains.forward[-1][valid].mean(),
         "mhc/backward_gain": gains.backward[0][valid].mean(),
         "attn/sink_mass": sink.mean(),
         "attn/sink_mass_max": sink.max(),
         "stability/clamp_rate": clamped.mean(),
-    }
+    } | ({"moe/stale_experts": torch.stack(stale).mean()} if stale else {})

@@ -27,6 +27,8 @@ class Routing(NamedTuple):
     load: Tensor  # [E] int64: valid tokens that chose each expert
     balance: Tensor  # 0-dim: sequence-wise balance loss times tokens, summed over documents; 0 for hash layers
     clamped: Tensor  # 0-dim: share of SwiGLU inputs clamped in routed and shared experts
+    experts: Tensor  # [M, K] int64: ids of each token's experts
+    stale: Tensor | None = None  # 0-dim: of ids that were given, the share that the router would not choose now
 
 
 class Gate(nn.Module):
@@ -52,6 +54,14 @@ class Gate(nn.Module):
             assert self.bias is not None
             ids = route.recall("experts", top_experts, scores.detach() + self.bias, self.top_k)
         return ids, expert_weights(scores, ids, self.scale), scores
+
+    @torch.no_grad()
+    def stale(self, ids: Tensor, scores: Tensor, valid: Tensor) -> Tensor:
+        """The share of the ``ids [M, K]`` of valid tokens ``[M]`` that are not among those of the highest scores."""
+        assert self.bias is not None
+        chosen = top_experts(scores.detach() + self.bias, self.top_k)
+        missing = (ids.unsqueeze(2) != chosen.unsqueeze(1)).all(2)
+        return missing[valid].float().mean()
 
 
 class Experts(nn.Module):
@@ -169,5 +179,8 @@ class MoE(nn.Module):
             balance = balance_loss(scores.view(*tokens.shape, -1), best, first, valid, elsewhere)
         else:
             balance = scores.new_zeros(())
+        stale = None
+        if "experts" in route.given and self.gate.tid2eid is None:
+            stale = route.recall("stale", self.gate.stale, ids, scores, valid.flatten())
         output = (routed + shared).to(x.dtype).view_as(x)
-        return output, Routing(load, balance, clamped)
+        return output, Routing(load, balance, clamped, ids, stale)

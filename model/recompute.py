@@ -26,10 +26,13 @@ KEPT = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.
 
 
 class Route:
-    """The discrete choices of one block in one forward pass: made once, remembered when it is replayed."""
+    """The discrete choices of one block in one forward pass: made once, remembered when it is replayed.
 
-    def __init__(self) -> None:
-        self._choices: dict[str, Any] = {}
+    ``given`` are choices that others have made before: the block follows them.
+    """
+
+    def __init__(self, **given: Any) -> None:
+        self.given, self._choices = frozenset(given), given
 
     def recall(self, name: str, choose: Callable[..., T], *arguments: Any) -> T:
         """``choose(*arguments)`` the first time, and the same result ever after."""
@@ -39,15 +42,15 @@ class Route:
         return choice
 
 
-def recomputed(mode: Recompute, function: Callable[..., T], *arguments: Any) -> T:
-    """``function(*arguments, route)``, whose activations are kept as ``mode`` says.
+def recomputed(mode: Recompute, function: Callable[..., T], *arguments: Any, route: Route | None = None) -> T:
+    """``function(*arguments, route)``, whose activations are kept as ``mode`` says; by default on a route of its own.
 
     Raises:
         ValueError: the mode is unknown.
     """
     if mode not in get_args(Recompute):
         raise ValueError(f"recompute={mode!r}: choose one of {', '.join(get_args(Recompute))}")
-    route = Route()
+    route = route or Route()
     if mode == "none" or not torch.is_grad_enabled():
         return function(*arguments, route)
     context = partial(create_selective_checkpoint_contexts, KEPT) if mode == "selective" else noop_context_fn

@@ -172,9 +172,20 @@ class Transformer(nn.Module):
         positions: Tensor | None = None,
         task: AttentionTask | None = None,
         mtp: bool = True,
+        experts: Tensor | None = None,
     ) -> Output:
-        """Everything but the output head; arguments as in ``forward``. ``mtp`` runs the MTP block as well."""
+        """Everything but the output head; arguments as in ``forward``.
+
+        Args:
+            mtp: run the MTP block as well.
+            experts: ``[B, G, T, K]`` what ``choose_experts`` returned; routers that learn follow it instead of
+                choosing, and weigh these experts as always.
+        """
         task = task or AttentionTask()
+        gates = self.learned_gates(mtp)
+        routes = {}
+        if experts is not None:
+            routes = {gate: Route(experts=experts[:, g].flatten(0, 1).long()) for g, gate in enumerate(gates)}
         if segments is None:
             segments = torch.zeros_like(tokens)
         geometry = Geometry.of(self.config, segments, positions, self.context)
@@ -182,7 +193,10 @@ class Transformer(nn.Module):
         embedding, streams = self._begin(own)
         reports: dict[str, BlockReport] = {}
         for index, block in enumerate(self.layers):
-            streams, reports[f"layers.{index}"] = recomputed(self.recompute, block, streams, own, geometry, task)
+            name = f"layers.{index}"
+            streams, reports[name] = recomputed(
+                self.recompute, block, streams, own, geometry, task, route=routes.get(name)
+            )
         mtp_streams = None
         if mtp and self.mtp:
             block = self.mtp[0]
@@ -197,8 +211,31 @@ class Transformer(nn.Module):
             following = following * self.part(has_next).unsqueeze(-1)
             shortened = Geometry.of(self.config, segments.masked_fill(~has_next, -1), positions, self.context)
             mtp_streams = block.merge(streams, following)
-            mtp_streams, reports["mtp.0"] = recomputed(self.recompute, block, mtp_streams, own, shortened, task)
+            mtp_streams, reports["mtp.0"] = recomputed(
+                self.recompute, block, mtp_streams, own, shortened, task, route=routes.get("mtp.0")
+            )
         return Output(streams, mtp_streams, reports)
+
+    def learned_gates(self, mtp: bool = True) -> list[str]:
+        """Names of the blocks whose routers choose experts by what they have learned."""
+        blocks = {f"layers.{index}": block for index, block in enumerate(self.layers)}
+        if mtp and self.mtp:
+            blocks["mtp.0"] = self.mtp[0]
+        return [name for name, block in blocks.items() if block.ffn.gate.tid2eid is None]  # type: ignore[union-attr]
+
+    @torch.no_grad()
+    def choose_experts(
+        self, tokens: Tensor, segments: Tensor, attention: AttentionMode = "sparse", mtp: bool = True
+    ) -> Tensor:
+        """What the learned routers choose now for ``tokens [B, T]``, to be followed later: ids ``[B, G, T, K]`` of the
+        G ``learned_gates``, int16 (int32 beyond 32,767 experts)."""
+        reports = self.run(tokens, segments, task=AttentionTask(attention), mtp=mtp).reports
+        dtype = torch.int16 if self.config.n_routed_experts < 2**15 else torch.int32
+        chosen = [reports[gate].routing.experts.to(dtype) for gate in self.learned_gates(mtp)]
+        k = self.config.num_experts_per_tok
+        if not chosen:
+            return tokens.new_empty((len(tokens), 0, tokens.shape[1], k), dtype=dtype)
+        return torch.stack([ids.view(len(tokens), -1, k) for ids in chosen], 1)
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, cache: Cache, attention: AttentionMode = "sparse", last: int = 1) -> Tensor:

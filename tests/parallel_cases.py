@@ -13,9 +13,10 @@ from torch import Tensor
 from openv4.data.loader import Batch
 from openv4.model.released import released_tensors
 from openv4.optim.config import AdamWConfig, OptimConfig
+from openv4.train.anticipation import filled, split_batch
 from openv4.train.checkpoint import split_experts
 from openv4.train.config import ParallelConfig, PrecisionConfig
-from openv4.train.loop import StepReport, filled, split_batch, training_step
+from openv4.train.loop import StepReport, training_step
 from openv4.train.parallel import ALONE, Alone, Together
 from openv4.train.precision import apply_precision
 
@@ -44,6 +45,7 @@ class Case:
     first: float = 1e-5  # how far the gradients of the first step may be from those of one process, relative
     after: float = 1e-5  # the same of the losses of all steps; weights are allowed more
     poisoned: bool = False  # a gradient of the last process is not a number
+    anticipated: bool = False  # experts of all steps are chosen before the first
     starved: bool = False  # all tokens choose the first experts, so that the others get none
     model: Mapping[str, Any] = field(default_factory=dict)
 
@@ -90,6 +92,7 @@ def run(case: Case, processes: Alone, together: int = 1) -> dict[str, Tensor]:
     optimizers.step = step_and_keep  # type: ignore[method-assign]
     generator = torch.Generator().manual_seed(case.seed)
     reports: list[StepReport] = []
+    steps = []
     for step in range(case.steps):
         tokens = torch.randint(0, config.vocab_size, (case.rows, case.length), generator=generator)
         segments = torch.randint(0, 3, (case.rows, case.length), generator=generator).sort(1).values
@@ -97,7 +100,10 @@ def run(case: Case, processes: Alone, together: int = 1) -> dict[str, Tensor]:
         mine = list(range(processes.replica, case.rows, processes.replicas))
         whole = filled(Batch(tokens[mine], segments[mine], ((),) * len(mine)), -(-case.rows // processes.replicas), 1)
         many = case.micro_rows * (together if processes.world == 1 else 1)
-        batches = split_batch(whole, many * case.length, torch.device("cpu"))
+        steps.append(split_batch(whole, many * case.length, torch.device("cpu")))
+        if case.anticipated:
+            steps[-1] = [batch._replace(experts=model.choose_experts(*batch[:2], now.attention)) for batch in steps[-1]]
+    for step, batches in enumerate(steps):
         processes.steps = step
         reports.append(training_step(model, optimizers, batches, now, case.clip, step == 0, processes))
     result = {

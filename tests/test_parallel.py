@@ -39,6 +39,7 @@ CASES = {
         Case("shared", context=2, seed=21, length=40),
         Case("zero1", seed=18, matrices="adamw", zero=1, clip=0.5),
         Case("zero2", expert=2, seed=19, matrices="adamw", zero=2, rows=6, clip=0.5),
+        Case("anticipated", expert=2, seed=26, rows=6, steps=3, anticipated=True),
         Case("bf16", expert=2, seed=17, gradients="bf16", first=2**-6, after=0.05),  # two roundings of up to 2^-7
     ],
     4: [
@@ -48,6 +49,7 @@ CASES = {
         Case("starved", expert=4, seed=15, starved=True),
         Case("adamw", expert=2, seed=16, matrices="adamw"),
         Case("shared", expert=2, context=2, seed=22, length=40, recompute="full"),
+        Case("anticipated", expert=2, context=2, seed=27, length=40, steps=3, anticipated=True, recompute="full"),
         Case("zero1", expert=2, seed=20, matrices="adamw", zero=1, clip=0.5),
     ],
 }

@@ -5,7 +5,7 @@
                            adapter_config.json,              instead of them, in a LoRA run: the adapters alone, in
                            adapter_model.safetensors         PEFT's format
                            optimizer*.safetensors            momentum and moments, by parameter name, and each
-                                                             process's random state
+                                                             process's random state; experts that were chosen ahead
                            state.json                        steps, tokens, data position
                            manifest.json                     size and SHA-256 of every other file
 <run>/checkpoints/latest   the name of the newest; moved last
@@ -22,7 +22,7 @@ import re
 import shutil
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from .config import CheckpointError
 from .progress import progress_bar
 
 FORMAT = 2
+NO_STATES = ("rng.", "ahead.")  # what else is in the optimizer's files: random state, experts chosen ahead
 STATE_KINDS = ("momentum", "exp_avg", "exp_avg_sq", "step")  # the states of Muon and AdamW (optim.groups)
 _NAME = re.compile("step_[0-9]+")
 # A parameter that stacks something of all experts, and how the released name of one of them continues.
@@ -57,13 +58,15 @@ class TrainState:
     data: dict[str, Any] | None = None  # Loader.state_dict()
     fingerprint: str = ""  # of the prepared data
     base: str = ""  # of the pretrained weights
+    stability: dict[str, Any] = field(default_factory=dict)  # Guard.state_dict()
 
     def state_dict(self) -> dict[str, Any]:
         return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        later: dict[str, Any] = {"base": "", "stability": {}}  # what older checkpoints do not have
         for key in vars(self):
-            setattr(self, key, state.get(key, "") if key == "base" else state[key])
+            setattr(self, key, state.get(key, later[key]) if key in later else state[key])
 
 
 @dataclass(frozen=True)
@@ -280,7 +283,9 @@ class Checkpoint:
         with self.processes.together(), _named(self.folder):
             places = locate_tensors(self.folder, stem)
             if parameters is not None:
-                unknown = [name for name in places if not name.startswith("rng.") and not _is_state(name, parameters)]
+                unknown = [
+                    name for name in places if not name.startswith(NO_STATES) and not _is_state(name, parameters)
+                ]
                 if unknown:
                     raise CheckpointError(f"optimizer state does not fit the model ({listed({'unexpected': unknown})})")
             wanted = {each for name in names for each in _names_in_files(name, held[_without_kind(name)])}
@@ -315,6 +320,13 @@ def load_checkpoint(
     checkpoint.restore_random_state()
     with _named(folder):
         state.load_state_dict(checkpoint.state)
+
+
+def chosen_ahead(folder: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
+    """Of a checkpoint that was loaded, the experts that were chosen for steps after it (``anticipation.Feed``)."""
+    with _named(folder):
+        places = locate_tensors(folder, "optimizer")
+        yield from read_tensors({name: place for name, place in places.items() if wanted(name)})
 
 
 @contextmanager

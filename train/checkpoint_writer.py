@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -49,6 +49,7 @@ class Snapshot:
         state: what state.json holds.
         config: of the model.
         adapter: in a LoRA run, what adapter_config.json holds.
+        ahead: experts chosen for steps to come, ``anticipation.Feed.tensors``.
     """
 
     weights: Mapping[str, Tensor]
@@ -56,6 +57,7 @@ class Snapshot:
     state: TrainState
     config: ModelConfig
     adapter: Mapping[str, Any] | None = None
+    ahead: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def whole_snapshot(
@@ -127,7 +129,11 @@ class CheckpointWriter:
         with self.processes.together():
             self._open(folder)
         weights: Mapping[str, Tensor] = snapshot.weights
-        optimizer: Mapping[str, Tensor] = {**snapshot.optimizer, **_random_state(self.processes.rank)}
+        optimizer: Mapping[str, Tensor] = {
+            **snapshot.optimizer,
+            **snapshot.ahead,
+            **_random_state(self.processes.rank),
+        }
         values = json.loads(json.dumps(snapshot.state.state_dict()))
         if self.asynchronous:
             weights, optimizer = self._buffers.copy(weights, optimizer)

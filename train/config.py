@@ -46,6 +46,10 @@ class StoppedElsewhere(Exception):  # noqa: N818 (the error is another's)
     """Another process of the run has failed, and has said why."""
 
 
+class DivergedError(ValueError):
+    """The loss of a run has spiked once too often; the message tells when and what to do."""
+
+
 # What a process ends with after Preempted, so that a batch script knows to requeue its job.
 REQUEUE_EXIT = 85
 

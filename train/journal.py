@@ -11,7 +11,7 @@ from .checkpoint import TrainState
 from .config import TrainConfig
 from .environment import code_version
 from .meter import StepReport, relative_load
-from .metrics import EventLog, ExpertLoadFile, MetricsFile, Row, Terminal
+from .metrics import EventLog, ExpertLoadFile, MetricsFile, Row, Terminal, append, finite, read_metrics
 from .wandb_log import WandbLog
 
 
@@ -32,8 +32,8 @@ class Journal:
         self.repeated = 0  # logged steps that will be done again
         if not writes:
             return
-        self._metrics = MetricsFile(run / "metrics.jsonl", state.step)
-        self._loads = ExpertLoadFile(run / "expert_load.jsonl", state.step)
+        self._run = run
+        self._open()
         self._events = EventLog(run / "events.jsonl")
         stack.enter_context(self._events.closing(state))
         self.repeated = max(0, self._metrics.reached - state.step)
@@ -41,6 +41,19 @@ class Journal:
         described = asdict(config) | {"code": code_version()}
         self._wandb = WandbLog(config.logging.wandb, config.logging.project, config.name, run, described)
         stack.callback(self._wandb.finish)
+
+    def _open(self) -> None:
+        self._metrics = MetricsFile(self._run / "metrics.jsonl", self._state.step)
+        self._loads = ExpertLoadFile(self._run / "expert_load.jsonl", self._state.step)
+
+    def go_back(self, kind: str, text: str) -> None:
+        """The run stands at an earlier step now; the rows beyond it go to ``rolled_back.jsonl``."""
+        if self._writes:
+            rows = [row for row in read_metrics(self._run / "metrics.jsonl") if row["step"] > self._state.step]
+            for row in rows:
+                append(self._run / "rolled_back.jsonl", finite(row))
+            self._open()
+        self.warn(kind, text)
 
     def print(self, *objects: Any, **options: Any) -> None:
         """To the terminal."""
@@ -53,8 +66,9 @@ class Journal:
 
     def warn(self, kind: str, text: str) -> None:
         """An event that is to be seen at once."""
-        print(f"{kind}: {text}", file=sys.stderr, flush=True)
-        self.event(kind, text)
+        if self._writes:
+            print(f"{kind}: {text}", file=sys.stderr, flush=True)
+            self.event(kind, text)
 
     def row(self, row: Row, report: StepReport) -> None:
         """The metrics of a logged step."""

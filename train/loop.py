@@ -3,9 +3,10 @@
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from ..model.tensor_files import write_json
 from ..model.transformer import Transformer
 from ..optim.groups import GroupRow, Optimizers
 from ..optim.schedule import Plan, Schedule
+from .anticipation import Feed, split_batch
 from .checkpoint import Processes, TrainState, latest_checkpoint, load_checkpoint, make_latest
 from .checkpoint_writer import CheckpointWriter
 from .config import CheckpointError, ConfigError, PrecisionConfig, Preempted, TrainConfig
@@ -40,6 +42,7 @@ from .parallel import ALONE, Alone, start
 from .precision import apply_precision, describe_precision
 from .progress import progress_bar
 from .signals import StopSignal
+from .stability import Guard, Spike, drop_spiked
 
 
 def training_step(
@@ -95,6 +98,7 @@ def losses_of(model: Transformer, batch: Batch, counts: Counts, plan: Plan, stat
         indexer=plan.indexer_weight > 0,
         statistics=statistics,
         trained=batch.trained,
+        experts=batch.experts,
     )
     return losses.total(counts, plan.mtp_weight, plan.balance_weight, plan.indexer_weight), losses
 
@@ -126,6 +130,7 @@ def train(config: TrainConfig) -> Path:
         stack.push(lambda kind, error, trace: processes.close(error))
         stop = stack.enter_context(StopSignal())
         processes.first_does(lambda: claim_folder(run, config, stack))
+        guard = Guard(config.stability, run)
         make_deterministic(config, device, processes.rank)
         data = processes.first_does(lambda: open_run_dataset(config, run))
         if data is None:  # the first process has prepared it, and compared its checksums
@@ -140,8 +145,17 @@ def train(config: TrainConfig) -> Path:
         state = TrainState(data=loader.state_dict(), fingerprint=data.fingerprint, base=base)
         writers = Processes(processes.rank, processes.world, processes.agree)
         held = processes.held(model, optimizers)
-        resumed = restore(run, model, optimizers, state, data, config.checkpoint.keep, writers, held)
-        loader.load_state_dict(state.data or {})
+        feed = Feed(config, model, loader, schedule, processes, data.eos, device)
+
+        def resume() -> Path | None:
+            """Takes up the newest checkpoint, if there is one: at the start of a process, and on the way back."""
+            processes.first_does(lambda: drop_spiked(run))
+            newest = restore(run, model, optimizers, state, data, config.checkpoint.keep, writers, held)
+            feed.load_state_dict(state.data, newest)
+            guard.load(state.stability)
+            return newest
+
+        resumed = resume()
         processes.first_does(lambda: write_description(run, config, data))
 
         journal = Journal(run, config, state, schedule.total_steps, processes.first, stack)
@@ -165,18 +179,19 @@ def train(config: TrainConfig) -> Path:
                 untrained = validator(model, plan)
         while plan is not None:
             with meter.waiting():
-                batch = loader.next_batch(plan.rows, plan.sequence_length, processes.replica, processes.replicas)
+                feed.fetch(state, guard.anticipated, guard.skips)
+            batch = feed.take(plan, guard.anticipated)
             validates = config.validation.every > 0 and (state.step + 1) % config.validation.every == 0
             due = validates or state.step == 0 or (state.step + 1) % config.logging.every == 0
-            rows = math.ceil(plan.rows / processes.replicas)
-            micro_batches = split_batch(filled(batch, rows, data.eos), config.micro_batch_tokens, device)
+            micro_batches = split_batch(batch, config.micro_batch_tokens, device)
             at_step(state.step)
             processes.steps = state.step
             report = training_step(model, optimizers, micro_batches, plan, config.grad_clip, due, processes)
             state.step += 1
             state.tokens += plan.tokens
             meter.count(plan, report)
-            if due:
+            spike = guard.observe(state.step, plan.stage, report.loss, report.grad_norm)
+            if due or spike:
                 settle(meter, state, journal)
                 row = meter.row(state, plan, report, optimizers, batch)
                 if untrained is not None:
@@ -189,18 +204,24 @@ def train(config: TrainConfig) -> Path:
                     if result is not None:
                         row |= {"validation/loss": result.loss, "validation/bits_per_byte": result.bits_per_byte}
                 journal.row(row, report)
+            went_back = False
+            if spike:
+                with meter.aside("rollback"):
+                    saver.wait()
+                    went_back = answer(spike, guard, state, feed, processes, journal, resume)
             stage, plan = plan.stage, schedule.plan(state.step, state.tokens)
             if plan is not None and plan.stage != stage:
                 apply_precision(model, config.precision, plan.compute)
                 journal.event("stage", describe_stage(plan, *where))
             every = config.checkpoint.every
             stopping = plan is not None and processes.any(stop.signal)
-            if plan is None or stopping or (every and state.step % every == 0):
+            if plan is None or stopping or (every and state.step % every == 0 and not went_back):
                 settle(meter, state, journal)
-                state.data = loader.state_dict()
+                state.data, state.stability = feed.state_dict(), guard.state_dict()
                 with meter.aside("checkpoint"):
                     adapter = (config.lora, str(Path(config.pretrained or "").resolve())) if config.lora else None
-                    saver.save(processes.snapshot(model, optimizers, state, adapter))
+                    snapshot = processes.snapshot(model, optimizers, state, adapter)
+                    saver.save(replace(snapshot, ahead=feed.tensors()))
                 if plan is None or stopping:
                     saver.wait()
                 for saved in saver.published():
@@ -229,19 +250,6 @@ def device_of(config: TrainConfig) -> torch.device:
 
 def open_run_dataset(config: TrainConfig, run: Path) -> Dataset:
     return open_dataset(config.data, run, config.model, config.pretrained, config.shortest_row)
-
-
-def filled(batch: Batch, rows: int, pad: int) -> Batch:
-    """The batch with rows of padding, where other processes have a row more; all go through as many passes."""
-    missing = rows - len(batch.tokens)
-    if not missing:
-        return batch
-
-    def grown(tensor: Tensor, value: int) -> Tensor:
-        return torch.cat((tensor, tensor.new_full((missing, *tensor.shape[1:]), value)))
-
-    trained = None if batch.trained is None else grown(batch.trained, 0)
-    return Batch(grown(batch.tokens, pad), grown(batch.segments, -1), (*batch.pieces, *((),) * missing), trained)
 
 
 def build_model(config: TrainConfig, device: torch.device, processes: Alone = ALONE) -> Transformer:
@@ -336,21 +344,6 @@ def restore(
     return newest
 
 
-def split_batch(batch: Batch, micro_batch_tokens: int, device: torch.device) -> list[Batch]:
-    """The rows of a step's batch in portions of at most ``micro_batch_tokens`` (one row at least), on the device."""
-    rows = max(1, micro_batch_tokens // batch.tokens.shape[1])
-    starts = range(0, len(batch.tokens), rows)
-    return [
-        Batch(
-            batch.tokens[i : i + rows].to(device, non_blocking=True),
-            batch.segments[i : i + rows].to(device, non_blocking=True),
-            batch.pieces[i : i + rows],
-            None if batch.trained is None else batch.trained[i : i + rows].to(device, non_blocking=True),
-        )
-        for i in starts
-    ]
-
-
 class Validator:
     """Runs the validation pass of a run; None where the data has no validation documents."""
 
@@ -392,6 +385,30 @@ def describe_stage(plan: Plan, precision: PrecisionConfig, device: torch.device)
         f"stage {plan.name}: rows of {plan.sequence_length:,} tokens, {plan.tokens:,} tokens a step, "
         f"attention {plan.attention}, {describe_precision(precision, plan.compute, device)}"
     )
+
+
+def answer(
+    spike: Spike,
+    guard: Guard,
+    state: TrainState,
+    feed: Feed,
+    processes: Alone,
+    journal: Journal,
+    resume: Callable[[], Path | None],
+) -> bool:
+    """Does about a spike what the config says; whether the run stands at an earlier step now."""
+    journal.warn("spike", str(spike))
+    if guard.config.on_spike == "warn":
+        return False
+    rollback = guard.decide(spike, feed.state_dict())
+    if rollback is None:
+        guard.stay(state.step)
+        journal.warn("spike", f"there is no checkpoint from before step {spike.onset} to go back to; the run goes on")
+        return False
+    processes.first_does(partial(guard.record, rollback))
+    resume()
+    journal.go_back("rollback", str(rollback))
+    return True
 
 
 def settle(meter: Meter, state: TrainState, journal: Journal) -> None:

@@ -34,6 +34,11 @@ class StepReport:
     load: dict[str, Tensor] = field(default_factory=dict)  # by block: tokens per expert
     statistics: dict[str, Tensor] = field(default_factory=dict)  # of the first micro-batch
 
+    @property
+    def loss(self) -> Tensor:
+        """Nats per predicted token."""
+        return self.main / self.counts.main.clamp(min=1)
+
 
 class Meter:
     """Turns step reports into rows of metrics; the only place that waits for the device."""
@@ -88,7 +93,7 @@ class Meter:
         row: Row = {
             "step": state.step,
             "tokens": state.tokens,
-            "train/loss": float(report.main / counts.main.clamp(min=1)),
+            "train/loss": float(report.loss),
             "train/mtp_loss": float(report.mtp / counts.mtp.clamp(min=1)),
             "train/balance_loss": float(report.balance / counts.valid.clamp(min=1)),
             "train/lr": plan.lr,

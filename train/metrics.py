@@ -49,7 +49,7 @@ class MetricsFile:
         _rewrite(path, [finite(row) for row in found if row["step"] <= step])
 
     def write(self, row: Row) -> None:
-        _append(self.path, finite(row))
+        append(self.path, finite(row))
 
 
 _LOAD_ROWS = 200
@@ -82,7 +82,7 @@ class ExpertLoadFile:
             _rewrite(self.path, rows)
             self._stretch = stretch
         if self._last < 0 or step // stretch > self._last // stretch:
-            _append(self.path, {"step": step, "load": {name: [round(x, 2) for x in load[name]] for name in load}})
+            append(self.path, {"step": step, "load": {name: [round(x, 2) for x in load[name]] for name in load}})
             self._last = step
 
 
@@ -102,7 +102,7 @@ class EventLog:
 
     def write(self, step: int, kind: str, text: str) -> None:
         time = datetime.now(UTC).isoformat(timespec="seconds")
-        _append(self.path, {"time": time, "step": step, "kind": kind, "text": text})
+        append(self.path, {"time": time, "step": step, "kind": kind, "text": text})
 
     @contextmanager
     def closing(self, state: Stepping) -> Iterator[None]:
@@ -143,7 +143,7 @@ def finite(row: Mapping[str, float | int | None]) -> dict[str, float | int | Non
     return {key: value if value is not None and math.isfinite(value) else None for key, value in row.items()}
 
 
-def _append(path: Path, row: Mapping[str, Any]) -> None:
+def append(path: Path, row: Mapping[str, Any]) -> None:
     with path.open("a") as file:
         file.write(json.dumps(row) + "\n")
 

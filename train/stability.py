@@ -1,0 +1,221 @@
+"""Spikes of the loss: how they are found, where a run goes back to, and what it does differently then (recipe 7).
+
+A run that goes back is a run that was resumed: what it decided is written to ``rollbacks.jsonl`` first, then newer
+checkpoints are set aside, then the newest that is left is loaded, and the decisions that it does not know yet are added
+to what it knows. So a run that is killed anywhere on the way back arrives at the same place.
+"""
+
+import json
+import math
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .checkpoint import complete_checkpoints
+from .config import DivergedError, StabilityConfig
+from .metrics import read_lines
+
+FILE = "rollbacks.jsonl"
+# Least deviations that are taken for one standard deviation: a share of the loss, and of the gradient norm.
+LOSS_FLOOR, NORM_FLOOR = 0.01, 0.1
+# What else than `z` counts: a step of half of it may be where a spike began; a norm that high tells nothing alone.
+SUSPECT = 0.5
+
+
+def deviation(value: float, history: list[float], floor: float) -> float:
+    """How many robust standard deviations ``value`` lies above what ``history`` lets expect.
+
+    That is a line with the median of the slopes between each two points (Theil and Sen), but none that rises: a loss
+    that creeps up is no trend to get used to. The deviation is 1.4826 times the median distance from that line, and at
+    least ``floor``.
+    """
+    y = np.asarray(history)
+    x = np.arange(len(y))
+    earlier, later = np.triu_indices(len(y), 1)
+    slope = min(0.0, float(np.median((y[later] - y[earlier]) / (later - earlier))))
+    level = float(np.median(y - slope * x))
+    scale = 1.4826 * float(np.median(np.abs(y - slope * x - level)))
+    return (value - level - slope * len(y)) / max(scale, floor)
+
+
+@dataclass(frozen=True)
+class Spike:
+    """What the guard has found: after ``step`` steps, begun with step ``onset`` (both counted from 1)."""
+
+    step: int
+    onset: int
+    reason: str
+
+    def __str__(self) -> str:
+        since = f", begun at step {self.onset}" if self.onset < self.step else ""
+        return f"step {self.step}: {self.reason}{since}"
+
+
+@dataclass(frozen=True)
+class Rollback:
+    """A decision, as ``rollbacks.jsonl`` holds it.
+
+    Attributes:
+        step, onset, reason: of the spike.
+        to: steps done at the checkpoint that the run goes back to.
+        skip: None, or the first step (from 0) that gets other data, and the loader's position after the spike's.
+        anticipate: None, or the steps (from 0, the last excluded) whose experts are chosen early.
+    """
+
+    step: int
+    onset: int
+    reason: str
+    to: int
+    skip: tuple[int, dict[str, Any]] | None
+    anticipate: tuple[int, int] | None
+
+    def __str__(self) -> str:
+        text = f"to step {self.to}, from step {self.step}"
+        if self.skip is not None:
+            text += f"; the data go on after those of step {self.step}, from step {self.skip[0] + 1} on"
+        if self.anticipate is not None:
+            first, stop = self.anticipate
+            text += f"; steps {first + 1} to {stop} with anticipatory routing"
+        return text
+
+
+class Guard:
+    """Watches the loss of a run; every process has one, and all come to the same conclusions from the same numbers."""
+
+    def __init__(self, config: StabilityConfig, run: Path) -> None:
+        self.config, self._run = config, run
+        self.load({})
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Takes up what ``state_dict`` said, and what was decided since."""
+        self._stage: int | None = state.get("stage")
+        # Of the last steps: loss, log of the gradient norm, and how far the step was above the trend.
+        self._history: list[tuple[float, float, float]] = [tuple(row) for row in state.get("history", [])]
+        self._lost = state.get("lost", 0)  # steps in a row without a finite gradient
+        self.rollbacks: int = state.get("rollbacks", 0)
+        self.skips: list[tuple[int, dict[str, Any]]] = [tuple(skip) for skip in state.get("skips", [])]
+        self._window: tuple[int, int] | None = tuple(state["window"]) if state.get("window") else None
+        for row in read_lines(self._run / FILE)[self.rollbacks :]:
+            self._adopt(Rollback(**row))
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs to decide as this one, as JSON."""
+        return {
+            "stage": self._stage,
+            "history": [list(row) for row in self._history],
+            "lost": self._lost,
+            "rollbacks": self.rollbacks,
+            "skips": [list(skip) for skip in self.skips],
+            "window": self._window and list(self._window),
+        }
+
+    @property
+    def anticipated(self) -> range:
+        """The steps (from 0) whose experts are chosen by older parameters."""
+        if self.config.anticipatory == "always":
+            return range(2**62)
+        return range(*(self._window or (0, 0)))
+
+    def observe(self, step: int, stage: int, loss: Tensor, norm: Tensor) -> Spike | None:
+        """Looks at the step just done, the ``step``th; ``loss`` and gradient ``norm`` are 0-dim tensors. Waits for the
+        device."""
+        config = self.config
+        if config.on_spike == "ignore":
+            return None
+        value, size = torch.stack((loss.detach().float(), norm.detach().float())).tolist()
+        if stage != self._stage:  # other rows, other attention, another level
+            self._stage, self._history = stage, []
+        if not (math.isfinite(value) and math.isfinite(size)):
+            self._lost += 1
+            if self._lost < config.max_skipped:
+                return None
+            return Spike(step, step - self._lost + 1, f"{self._lost} steps in a row had no finite gradient")
+        self._lost = 0
+        log_size = math.log(max(size, 1e-30))
+        score, reason = 0.0, ""
+        if len(self._history) == config.window:
+            losses, sizes, _ = zip(*self._history, strict=True)
+            above = deviation(value, list(losses), LOSS_FLOOR * abs(losses[-1]))
+            growth = deviation(log_size, list(sizes), NORM_FLOOR)
+            # A gradient alone may be large: it is clipped, and the next loss tells. Both at once are a spike earlier.
+            score = max(above, min(growth, above / SUSPECT))
+            reason = (
+                f"loss {value:.4f} is {above:.1f} deviations above its trend, gradient norm {size:.3g} {growth:.1f}"
+            )
+        suspects = 0
+        while suspects < len(self._history) and self._history[-1 - suspects][2] >= SUSPECT * config.z:
+            suspects += 1
+        told = any(before[2] >= config.z for before in self._history[len(self._history) - suspects :])
+        self._history = [*self._history, (value, log_size, score)][-config.window :]
+        if score < config.z or told:
+            return None
+        return Spike(step, step - suspects, reason)
+
+    # The way back.
+
+    def decide(self, spike: Spike, position: dict[str, Any]) -> Rollback | None:
+        """Where to go back to from a spike; None where there is no checkpoint from before it.
+
+        Args:
+            position: of the loader, after the last batch that was trained on.
+
+        Raises:
+            DivergedError: there have been ``max_rollbacks`` already.
+        """
+        config = self.config
+        if self.rollbacks >= config.max_rollbacks:
+            raise DivergedError(
+                f"{self._run}: {spike}; the run has gone back {self.rollbacks} times "
+                f"(stability.max_rollbacks={config.max_rollbacks}); lower the learning rate or look at the data; a "
+                "larger number lets it go on"
+            )
+        # The batch or update before the first step that looked odd may be the cause of it.
+        cause = max(0, spike.onset - 2)
+        found = [int(path.name.removeprefix("step_")) for path in complete_checkpoints(self._run / "checkpoints")]
+        to = max((step for step in found if step <= cause), default=None)
+        if to is None:
+            return None
+        skip = (cause, position) if config.batch == "skip" else None
+        anticipate = (to, to + config.period) if config.anticipatory == "after_rollback" else None
+        return Rollback(spike.step, spike.onset, spike.reason, to, skip, anticipate)
+
+    def record(self, rollback: Rollback) -> None:
+        """Makes a decision last; one process does it."""
+        with (self._run / FILE).open("a") as file:
+            file.write(json.dumps(asdict(rollback)) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def stay(self, step: int) -> None:
+        """There is nothing to go back to: experts are chosen early from here on, and the trend is learned anew."""
+        self._history, self._lost = [], 0
+        if self.config.anticipatory == "after_rollback":
+            self._window = (step, step + self.config.period)
+
+    def _adopt(self, rollback: Rollback) -> None:
+        self.rollbacks += 1
+        if rollback.anticipate is not None:
+            self._window = (rollback.anticipate[0], rollback.anticipate[1])
+        if rollback.skip is not None:
+            first, position = rollback.skip
+            # An earlier jump stays if this one ends before it: nothing was read beyond `rollback.step`.
+            self.skips = [*(skip for skip in self.skips if skip[0] >= rollback.step), (first, position)]
+
+
+def drop_spiked(run: Path) -> None:
+    """Removes the checkpoints that a rollback has gone back behind; one process does it, before any reads them."""
+    rollbacks = read_lines(run / FILE)
+    for path in complete_checkpoints(run / "checkpoints") if rollbacks else ():
+        try:
+            state = json.loads((path / "state.json").read_text())
+            known = state.get("stability", {}).get("rollbacks", 0)
+        except (OSError, ValueError, AttributeError):  # damaged, which is found when it is loaded
+            continue
+        if state["step"] > rollbacks[-1]["to"] and known < len(rollbacks):
+            shutil.rmtree(path.rename(path.with_name(f".{path.name}-old")))
