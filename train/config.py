@@ -219,7 +219,7 @@ class StabilityConfig:
     Attributes:
         on_spike: of the loss, or of the gradient norm together with it: rollback goes back to the newest checkpoint
             from before, warn tells of it, ignore does not look. `max_skipped` holds for rollback and warn.
-        z: a spike is so many robust standard deviations above the trend of the last `window` steps; nothing is said
+        z: a spike is so many robust standard deviations above the level of the last `window` steps; nothing is said
             before as many steps of a stage are known.
         batch: after a rollback, the batches of the spike are left out (skip) or come again (keep).
         max_rollbacks: of a run; the next spike stops it.
@@ -232,7 +232,7 @@ class StabilityConfig:
     """
 
     on_spike: Literal["rollback", "warn", "ignore"] = "rollback"
-    z: float = 8.0
+    z: float = 10.0
     window: int = 64
     batch: Literal["skip", "keep"] = "skip"
     max_rollbacks: int = 5

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,24 +25,21 @@ from .metrics import read_lines
 FILE = "rollbacks.jsonl"
 # Least deviations that are taken for one standard deviation: a share of the loss, and of the gradient norm.
 LOSS_FLOOR, NORM_FLOOR = 0.01, 0.1
-# What else than `z` counts: a step of half of it may be where a spike began; a norm that high tells nothing alone.
+# Share of `z` from which a step may be where a spike began, and a loss lends weight to its gradient norm.
 SUSPECT = 0.5
 
 
-def deviation(value: float, history: list[float], floor: float) -> float:
-    """How many robust standard deviations ``value`` lies above what ``history`` lets expect.
+def deviation(value: float, history: Sequence[float], floor: float) -> float:
+    """How many robust standard deviations ``value`` lies above the level of ``history``, which may fall but not rise.
 
-    That is a line with the median of the slopes between each two points (Theil and Sen), but none that rises: a loss
-    that creeps up is no trend to get used to. The deviation is 1.4826 times the median distance from that line, and at
-    least ``floor``.
+    The level is the lowest of the medians of its quarters: the last one's where the loss falls, an earlier one's where
+    it creeps up. The standard deviation is that of steps from one value to the next, over the square root of 2, for a
+    trend does not add to it: 1.4826 times their median size, and at least ``floor``.
     """
-    y = np.asarray(history)
-    x = np.arange(len(y))
-    earlier, later = np.triu_indices(len(y), 1)
-    slope = min(0.0, float(np.median((y[later] - y[earlier]) / (later - earlier))))
-    level = float(np.median(y - slope * x))
-    scale = 1.4826 * float(np.median(np.abs(y - slope * x - level)))
-    return (value - level - slope * len(y)) / max(scale, floor)
+    values = np.asarray(history)
+    level = min(float(np.median(quarter)) for quarter in np.array_split(values, 4))
+    scale = 1.4826 * float(np.median(np.abs(np.diff(values)))) / math.sqrt(2)
+    return (value - level) / max(scale, floor)
 
 
 @dataclass(frozen=True)
@@ -95,7 +93,7 @@ class Guard:
     def load(self, state: dict[str, Any]) -> None:
         """Takes up what ``state_dict`` said, and what was decided since."""
         self._stage: int | None = state.get("stage")
-        # Of the last steps: loss, log of the gradient norm, and how far the step was above the trend.
+        # Of the last steps: loss, log of the gradient norm, and how far the step was above the level.
         self._history: list[tuple[float, float, float]] = [tuple(row) for row in state.get("history", [])]
         self._lost = state.get("lost", 0)  # steps in a row without a finite gradient
         self.rollbacks: int = state.get("rollbacks", 0)
@@ -131,31 +129,32 @@ class Guard:
         value, size = torch.stack((loss.detach().float(), norm.detach().float())).tolist()
         if stage != self._stage:  # other rows, other attention, another level
             self._stage, self._history = stage, []
-        if not (math.isfinite(value) and math.isfinite(size)):
-            self._lost += 1
-            if self._lost < config.max_skipped:
-                return None
+        self._lost = 0 if math.isfinite(value) and math.isfinite(size) else self._lost + 1
+        if self._lost >= config.max_skipped:
             return Spike(step, step - self._lost + 1, f"{self._lost} steps in a row had no finite gradient")
-        self._lost = 0
-        log_size = math.log(max(size, 1e-30))
-        score, reason = 0.0, ""
-        if len(self._history) == config.window:
-            losses, sizes, _ = zip(*self._history, strict=True)
-            above = deviation(value, list(losses), LOSS_FLOOR * abs(losses[-1]))
-            growth = deviation(log_size, list(sizes), NORM_FLOOR)
-            # A gradient alone may be large: it is clipped, and the next loss tells. Both at once are a spike earlier.
-            score = max(above, min(growth, above / SUSPECT))
-            reason = (
-                f"loss {value:.4f} is {above:.1f} deviations above its trend, gradient norm {size:.3g} {growth:.1f}"
-            )
+        if not math.isfinite(value):
+            return None
+        score, reason = self._score(value, size)
         suspects = 0
         while suspects < len(self._history) and self._history[-1 - suspects][2] >= SUSPECT * config.z:
             suspects += 1
         told = any(before[2] >= config.z for before in self._history[len(self._history) - suspects :])
-        self._history = [*self._history, (value, log_size, score)][-config.window :]
+        if math.isfinite(size):
+            self._history = [*self._history, (value, _log(size), score)][-config.window :]
         if score < config.z or told:
             return None
         return Spike(step, step - suspects, reason)
+
+    def _score(self, loss: float, norm: float) -> tuple[float, str]:
+        """How far a step lies above the level; 0 while too little is known."""
+        if len(self._history) < self.config.window:
+            return 0.0, ""
+        losses, sizes, _ = zip(*self._history, strict=True)
+        above = deviation(loss, losses, LOSS_FLOOR * abs(losses[-1]))
+        growth = deviation(_log(norm), sizes, NORM_FLOOR)
+        reason = f"loss {loss:.4f}, {above:.1f} deviations above its level; gradient norm {norm:.3g}, {growth:.1f}"
+        # A gradient alone may be large: it is clipped, and the next loss tells. With the loss it is a spike earlier.
+        return max(above, min(growth, above / SUSPECT)), reason
 
     # The way back.
 
@@ -193,7 +192,7 @@ class Guard:
             os.fsync(file.fileno())
 
     def stay(self, step: int) -> None:
-        """There is nothing to go back to: experts are chosen early from here on, and the trend is learned anew."""
+        """There is nothing to go back to: experts are chosen early from here on, and the level is learned anew."""
         self._history, self._lost = [], 0
         if self.config.anticipatory == "after_rollback":
             self._window = (step, step + self.config.period)
@@ -206,6 +205,10 @@ class Guard:
             first, position = rollback.skip
             # An earlier jump stays if this one ends before it: nothing was read beyond `rollback.step`.
             self.skips = [*(skip for skip in self.skips if skip[0] >= rollback.step), (first, position)]
+
+
+def _log(norm: float) -> float:
+    return math.log(max(norm, 1e-30))
 
 
 def drop_spiked(run: Path) -> None:
