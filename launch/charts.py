@@ -18,7 +18,14 @@ MAX_POINTS = 2000
 _COLORS = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#ca8a04", "#06b6d4", "#ec4899", "#84cc16", "#8b5cf6")
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 # Events that a curve may bend at; the others are in the list of events only.
-_MARKED = {"resume": "#3b82f6", "skipped": "#ef4444", "interrupted": "#f97316", "failed": "#f97316"}
+_MARKED = {
+    "resume": "#3b82f6",
+    "skipped": "#ef4444",
+    "spike": "#ef4444",
+    "rollback": "#a855f7",
+    "interrupted": "#f97316",
+    "failed": "#f97316",
+}
 _QUIET = ("start", "stage", "checkpoint", "end")
 
 
@@ -100,6 +107,16 @@ PANELS = (
     ),
     Panel("optim", "Update RMS by parameter group", {"optim/update_rms/": ""}, "before the learning rate", log=True),
     Panel("stability", "Steps skipped so far", {"stability/skipped_steps": "skipped"}, marks=True),
+    Panel(
+        "stability",
+        "Loss above its level",
+        {"stability/spike_score": "score"},
+        "robust standard deviations",
+        marks=True,
+    ),
+    Panel(
+        "moe", "Router staleness", {"moe/stale_experts": "share"}, "share of ids that the router would choose otherwise"
+    ),
     Panel("stability", "Clamped activations", {"stability/clamp_rate": "rate"}, "share of SwiGLU inputs"),
     Panel("system", "Time per step", {"system/step_seconds": "step"}, "seconds", smooth=True),
     Panel("system", "Waiting for data", {"system/data_wait": "share of the step"}),

@@ -5,13 +5,15 @@ import json
 import math
 import random
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from run_cases import contents, rows, summary
+from finetune_cases import QUICK
+from run_cases import contents, rows, summary, tiny_config
 from stability_cases import (
     EVERY,
     LENGTH,
@@ -440,9 +442,7 @@ def test_gradients_that_stay_infinite(small_data: Path, tmp_path: Path, monkeypa
     assert read_lines(run / "rolled_back.jsonl")[-1]["stability/skipped_steps"] == 3
 
 
-@pytest.mark.parametrize("overrides", [["parallel.expert=2"]])
 def test_on_two_processes(
-    overrides: list[str],
     small_data: Path,
     read: dict[int, list[Rows]],
     poisoned_run: tuple[Path, dict[int, list[Rows]]],
@@ -451,7 +451,7 @@ def test_on_two_processes(
     """All processes decide alike and go back together; rows up to the order of sums."""
     run = tmp_path / "run"
     # Sums in another order give AdamW's smallest gradients another size (test_parallel).
-    train_together(small_data, run, read[SPIKE][0], 2, "optim.adamw.eps=1e-6", *overrides)
+    train_together(small_data, run, read[SPIKE][0], 2, "optim.adamw.eps=1e-6", "parallel.expert=2")
     wanted = events(poisoned_run[0], "rollback")[0]
     (rollback,) = events(run, "rollback")
     assert (rollback["step"], rollback["text"]) == (wanted["step"], wanted["text"])
@@ -461,3 +461,96 @@ def test_on_two_processes(
     assert [set(row) for row in ours] == [set(row) for row in theirs]
     for mine, other in zip(ours, theirs, strict=True):
         assert mine["train/loss"] == pytest.approx(other["train/loss"], abs=0.02)
+    assert_restored(run)
+
+
+@pytest.mark.slow
+def test_zero_goes_back(small_data: Path, read: dict[int, list[Rows]], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train_together(
+        small_data, run, read[SPIKE][0], 2, "optim.matrices=adamw", "parallel.zero=1", "stages.0.attention=sparse"
+    )
+    assert len(events(run, "rollback")) == 1
+    assert_restored(run)
+
+
+def assert_restored(run: Path) -> None:
+    """The first step after the way back, routed by present parameters, has the bits that it had before."""
+    (rollback,) = events(run, "rollback")
+    again, before = rows(run)[rollback["step"]], read_lines(run / "rolled_back.jsonl")[0]
+    for key in ("step", "train/loss", "train/mtp_loss", "train/balance_loss", "train/grad_norm"):
+        assert again[key] == before[key], key
+
+
+# The way back, by itself.
+
+
+@contextmanager
+def alarm(step: int) -> Iterator[None]:
+    """The guard speaks after this step, once, though nothing is wrong."""
+    observe = Guard.observe
+
+    def cry(self: Guard, now: int, *arguments: Any) -> Spike | None:
+        found = observe(self, now, *arguments)
+        return Spike(now, now, "none") if now == step and not self.rollbacks else found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Guard, "observe", cry)
+        yield
+
+
+BACK = ["stability.anticipatory=never", "stability.batch=keep", "checkpoint.every=2", "checkpoint.keep=4"]
+KINDS = {
+    "plain": [],
+    "beside training": ["checkpoint.asynchronous=true"],
+    "reading ahead": ["data.workers=2"],
+    "fp4_qat": ["precision=fp4_qat", "model.index_head_dim=32"],
+    "adamw": ["optim.matrices=adamw"],
+}
+
+
+def same_but_for_what_is_known_of_it(run: Path, straight: Path) -> None:
+    """Rows and the last checkpoint, bit for bit; the state alone remembers the rollback."""
+    told = "stability/rollbacks"
+    ours, theirs = ([{k: v for k, v in row.items() if k != told} for row in rows(folder)] for folder in (run, straight))
+    assert ours == theirs
+    last = f"step_{len(theirs)}"
+    ours, theirs = (contents(folder / "checkpoints" / last) for folder in (run, straight))
+    for name in theirs:
+        assert ours[name] == theirs[name] or name in ("state.json", "manifest.json"), name
+    first, second = (
+        json.loads((folder / "checkpoints" / last / "state.json").read_text()) for folder in (run, straight)
+    )
+    assert (first["stability"].pop("rollbacks"), second["stability"].pop("rollbacks")) == (1, 0)
+    assert first == second
+
+
+@pytest.mark.usefixtures("no_plot")
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_way_back_alone_changes_nothing(kind: str, small_data: Path, tmp_path: Path) -> None:
+    """Weights, optimizer, router biases, data, random state and what is kept between steps: all of it goes back."""
+    for name in ("run", "straight"):
+        with alarm(6) if name == "run" else nullcontext():
+            train(tiny_config(small_data, tmp_path / name, *BACK, *KINDS[kind]))
+    assert [event["step"] for event in events(tmp_path / "run", "rollback")] == [4]
+    same_but_for_what_is_known_of_it(tmp_path / "run", tmp_path / "straight")
+
+
+@pytest.mark.usefixtures("no_plot")
+def test_adapters_go_back(release: Path, chat: Path, tmp_path: Path) -> None:
+    """The random numbers of their dropout as well."""
+    command = [
+        "run=lora",
+        f"model.pretrained={release}",
+        f"data.path={chat}",
+        *QUICK,
+        *BACK,
+        "lora.dropout=0.1",
+        "lora.targets=[shared_experts]",
+        "steps=6",
+    ]
+    for name in ("run", "straight"):
+        with alarm(5) if name == "run" else nullcontext():
+            train(load_config([*command, f"output={tmp_path / name}"]))
+    assert [event["step"] for event in events(tmp_path / "run", "rollback")] == [2]
+    same_but_for_what_is_known_of_it(tmp_path / "run", tmp_path / "straight")

@@ -193,7 +193,7 @@ def train(config: TrainConfig) -> Path:
             spike = guard.observe(state.step, plan.stage, report.loss, report.grad_norm)
             if due or spike:
                 settle(meter, state, journal)
-                row = meter.row(state, plan, report, optimizers, batch)
+                row = meter.row(state, plan, report, optimizers, batch) | guard.metrics(state.step)
                 if untrained is not None:
                     row |= {"validation/untrained_loss": untrained.loss}
                     row |= {"validation/untrained_bits_per_byte": untrained.bits_per_byte}

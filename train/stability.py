@@ -93,6 +93,7 @@ class Guard:
     def load(self, state: dict[str, Any]) -> None:
         """Takes up what ``state_dict`` said, and what was decided since."""
         self._stage: int | None = state.get("stage")
+        self._last = 0.0  # how far the last step was above the level
         # Of the last steps: loss, log of the gradient norm, and how far the step was above the level.
         self._history: list[tuple[float, float, float]] = [tuple(row) for row in state.get("history", [])]
         self._lost = state.get("lost", 0)  # steps in a row without a finite gradient
@@ -120,6 +121,14 @@ class Guard:
             return range(2**62)
         return range(*(self._window or (0, 0)))
 
+    def metrics(self, step: int) -> dict[str, float]:
+        """For the row of the ``step``th step, which was the last one observed."""
+        return {
+            "stability/spike_score": self._last,
+            "stability/rollbacks": self.rollbacks,
+            "stability/anticipated": int(step - 1 in self.anticipated),
+        }
+
     def observe(self, step: int, stage: int, loss: Tensor, norm: Tensor) -> Spike | None:
         """Looks at the step just done, the ``step``th; ``loss`` and gradient ``norm`` are 0-dim tensors. Waits for the
         device."""
@@ -135,6 +144,7 @@ class Guard:
         if not math.isfinite(value):
             return None
         score, reason = self._score(value, size)
+        self._last = score
         suspects = 0
         while suspects < len(self._history) and self._history[-1 - suspects][2] >= SUSPECT * config.z:
             suspects += 1

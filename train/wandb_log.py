@@ -16,6 +16,7 @@ class WandbLog:
 
     def __init__(self, mode: str, project: str, name: str, folder: Path, config: Mapping[str, Any]) -> None:
         self._run: Any = None
+        self._step = -1  # the last one that W&B has been told
         if mode == "auto":
             mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
         if mode == "disabled":
@@ -51,8 +52,10 @@ class WandbLog:
 
     def write(self, row: Row) -> None:
         if self._run is not None:
+            # W&B takes no step twice: after a rollback rows are numbered on, and only their tokens go back.
+            self._step = max(self._step + 1, int(row["step"]))
             with self._guarded():
-                self._run.log({k: v for k, v in row.items() if k != "step"}, step=int(row["step"]))
+                self._run.log({k: v for k, v in row.items() if k != "step"}, step=self._step)
 
     def image(self, key: str, path: Path) -> None:
         if self._run is not None:
