@@ -16,7 +16,7 @@ SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 CHAT_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 
 _READ_BYTES = 1 << 22
-_LINE_BYTES = 1 << 28  # a document of 60 million tokens; a compressed line of zeros may be larger than memory
+_LINE_BYTES = 1 << 27  # a document of 30 million tokens; a compressed line of zeros may be larger than memory
 
 _T = TypeVar("_T")
 

@@ -421,7 +421,7 @@ def _read_manifest(folder: Path) -> Manifest:
 def _check_file(folder: Path, entry: FileEntry, verify: bool) -> None:
     path = folder / entry.name
     if Path(entry.name).is_absolute() or ".." in Path(entry.name).parts:
-        raise DataError(f"{folder / 'manifest.json'}: {entry.name!r} leaves the folder; refused: prepare the data again")
+        raise DataError(f"{folder}: {entry.name!r} of its manifest leaves the folder; refused: prepare the data again")
     if not path.is_file():
         raise DataError(f"{path} is missing: prepare the data again or restore the file")
     size = path.stat().st_size

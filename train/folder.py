@@ -27,7 +27,8 @@ def claim_folder(run: Path, config: TrainConfig, stack: ExitStack) -> None:
         raise ConfigError(f"output={run} holds files that are no run's; choose another folder")
     if name := secret_in("\n".join(str(value) for _, value in leaves(asdict(config)))):
         raise ConfigError(
-            f"the config holds the value of {name}, and config.yaml would; leave it out: who needs it reads the variable"
+            f"the config holds the value of {name}, and would be written to {config_file}; leave it out: who needs it "
+            "reads the variable"
         )
     run.mkdir(parents=True, exist_ok=True)
     lock = stack.enter_context((run / ".lock").open("w"))
