@@ -16,6 +16,7 @@ SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 CHAT_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 
 _READ_BYTES = 1 << 22
+_LINE_BYTES = 1 << 27  # a document of 30 million tokens; a compressed line of zeros may be larger than memory
 
 _T = TypeVar("_T")
 
@@ -114,7 +115,10 @@ def _read_lines(file: Path) -> Iterator[tuple[str, str]]:
     compression = {".gz": "gzip", ".zst": "zstd"}.get(file.suffix)
     offset = 0
     with pa.input_stream(file, compression=compression) as stream:
-        for number, line in enumerate(io.BufferedReader(stream, _READ_BYTES), 1):
+        reader = io.BufferedReader(stream, _READ_BYTES)
+        for number, line in enumerate(iter(lambda: reader.readline(_LINE_BYTES), b""), 1):
+            if len(line) == _LINE_BYTES:
+                raise DataError(f"{file}:{number} is longer than {_LINE_BYTES >> 20} MiB: split the document")
             if not line.isspace():
                 yield _decode(line, file, offset).rstrip("\r\n"), f"{file}:{number}"
             offset += len(line)

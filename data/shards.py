@@ -363,8 +363,7 @@ class PreparedData:
     @functools.cached_property
     def token_bytes(self) -> npt.NDArray[np.int32]:
         """UTF-8 bytes behind each token id `[V]` int32, for bits per byte."""
-        array: npt.NDArray[np.int32] = np.load(self.folder / self.manifest.token_bytes.name, allow_pickle=False)
-        return array
+        return _map(self.folder / self.manifest.token_bytes.name)
 
     def split(self, name: str) -> ShardStore:
         """The documents of a split.
@@ -392,7 +391,15 @@ class PreparedData:
 
 
 def _map(path: Path) -> npt.NDArray[Any]:
-    array: npt.NDArray[Any] = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+    """An array on disk. It is plain numbers: `np.load` would also open archives and, told to, pickles.
+
+    Raises:
+        DataError: it is something else.
+    """
+    try:
+        array: npt.NDArray[Any] = np.asarray(np.lib.format.open_memmap(path, mode="r"))
+    except ValueError as error:
+        raise DataError(f"{path} is no array of numbers ({error}): prepare the data again") from error
     return array
 
 
@@ -413,6 +420,8 @@ def _read_manifest(folder: Path) -> Manifest:
 
 def _check_file(folder: Path, entry: FileEntry, verify: bool) -> None:
     path = folder / entry.name
+    if Path(entry.name).is_absolute() or ".." in Path(entry.name).parts:
+        raise DataError(f"{folder}: {entry.name!r} of its manifest leaves the folder; refused: prepare the data again")
     if not path.is_file():
         raise DataError(f"{path} is missing: prepare the data again or restore the file")
     size = path.stat().st_size

@@ -5,9 +5,11 @@ import importlib
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from itertools import takewhile
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NamedTuple, NoReturn, get_origin, get_type_hints
 
 import hydra
@@ -28,6 +30,7 @@ from ..train.config import (
     normalize,
     quoted,
 )
+from ..train.secret import redacted
 
 
 class Command(NamedTuple):
@@ -72,6 +75,7 @@ def main() -> None:
     if name not in COMMANDS:
         print(f"error: openv4 {name}: no such command; choose from {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)
+    sys.excepthook = _crash
     # `spawn`ed and launched children must not find our folders (kernels, data, ...) as top-level modules.
     os.environ.setdefault("PYTHONSAFEPATH", "1")
     module = importlib.import_module(f".{name}", __package__)
@@ -95,6 +99,7 @@ def main_of_process(config: str) -> None:
     """Of a process that ``openv4 train parallel.nproc=`` has started, with the config in a file."""
     from .train import CONFIG, die_with_parent, run
 
+    sys.excepthook = _crash
     die_with_parent()
     try:
         run(from_yaml(CONFIG, Path(config).read_text()))
@@ -152,8 +157,13 @@ def _fail(error: Exception) -> NoReturn:
     if os.environ.get("OPENV4_TRACEBACK"):
         raise error
     where = "error:" if rank == "0" else f"error in process {rank}:"
-    print(where, re.sub(r"\s*\n\s*", " ", str(error)), file=sys.stderr)
+    print(where, redacted(re.sub(r"\s*\n\s*", " ", str(error))), file=sys.stderr)
     _exit(2)
+
+
+def _crash(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A fault of ours: the traceback, without what must not be in a log."""
+    sys.stderr.write(redacted("".join(traceback.format_exception(kind, error, trace))))
 
 
 def _exit(code: int) -> NoReturn:

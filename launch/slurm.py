@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..train.config import REQUEUE_EXIT, ConfigError
+from ..train.secret import is_secret
 
 # How long the other processes may take to end once one has: a crash leaves them waiting for it, a requeue ends all
 # within moments. Also what the last words of rank 0 (plot, W&B) may take.
@@ -18,7 +19,6 @@ WAIT_SECONDS = 60
 _WORD = re.compile(r"[\w.,:@+/=-]+", re.ASCII)
 _TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}|UNLIMITED|INFINITE")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_SECRET = re.compile(r"(?:^|_)(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(?:_|$)", re.IGNORECASE)
 _OURS = (
     *("job-name", "nodes", "ntasks", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "mem", "exclusive"),
     *("partition", "account", "qos", "time", "requeue", "no-requeue", "signal", "open-mode", "output", "error"),
@@ -147,11 +147,6 @@ def _refuse_secret(where: str, name: str) -> None:
             f"{where}: {name} looks like a secret, and the script is a file; leave it out, and export {name} in the "
             "shell that submits: the job inherits it"
         )
-
-
-def is_secret(name: str) -> bool:
-    """Whether a variable of that name holds what must not be written down."""
-    return _SECRET.search(name) is not None
 
 
 def check_names(name: str, output: str) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 
 from ..train.config import ConfigError, TrainConfig, from_yaml, load_config, to_yaml
 from ..train.preflight import check_layout, idle
-from .slurm import LaunchConfig, batch_script, check_names, has_control, is_secret, logs
+from ..train.secret import secret_in
+from .slurm import LaunchConfig, batch_script, check_names, has_control, logs
 
 
 @dataclass(frozen=True)
@@ -141,9 +142,8 @@ def check_run(config: TrainConfig, inside: bool = False) -> None:
 
 def refuse_secrets(script: str) -> None:
     """Refuses a script that holds the value of a secret of this shell, wherever it came from."""
-    for name, value in os.environ.items():
-        if is_secret(name) and len(value) >= 8 and value in script:
-            raise ConfigError(f"the script would hold the value of {name}; leave it out: the job inherits the variable")
+    if name := secret_in(script):
+        raise ConfigError(f"the script would hold the value of {name}; leave it out: the job inherits the variable")
 
 
 def start(command: Sequence[str]) -> None:

@@ -55,6 +55,8 @@ def start_processes(config: TrainConfig) -> int:
             "LOCAL_WORLD_SIZE": str(count),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
+            # Else gloo listens where the machine's name leads, which others may reach.
+            **({"GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo")} if sys.platform == "linux" else {}),
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count))),
         }
         command = [sys.executable, "-P", "-c", _CHILD, str(file)]

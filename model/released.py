@@ -32,6 +32,7 @@ from .tensor_files import (
     DTYPES,
     Entry,
     TensorFolder,
+    inside,
     listed,
     new_folder,
     weight_files,
@@ -272,7 +273,10 @@ def encode(name: str, value: Tensor, format: Format, scale: Tensor | None = None
 
 def copy_tokenizer(tokenizer: Path, folder: Path, config: ModelConfig) -> None:
     """``tokenizer.json`` and the ``tokenizer_config.json`` that lets transformers load it."""
-    vocabulary = json.loads(tokenizer.read_text(encoding="utf-8"))
+    try:
+        vocabulary: dict[str, Any] = dict(json.loads(tokenizer.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise WeightsError(f"{tokenizer}: not a Hugging Face tokenizer.json ({error}); give one that is") from None
     tokens = {token["id"]: token["content"] for token in vocabulary.get("added_tokens", ())}
     tokens |= {
         id_: token for token, id_ in _vocabulary(vocabulary) if id_ in (config.bos_token_id, config.eos_token_id)
@@ -292,7 +296,7 @@ def copy_companions(source: Path, folder: Path) -> None:
     for name in COMPANIONS:
         if (source / name).is_file():
             (folder / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(source / name, folder / name)
+            shutil.copyfile(inside(source, name), folder / name)
 
 
 # Reading.

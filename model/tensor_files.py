@@ -5,8 +5,8 @@ Nothing is ever unpickled, and nothing outside the folder is read.
 
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from math import prod
@@ -107,7 +107,7 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder, by its index if it has one."""
     index = folder / INDEX
     if not index.exists():
-        single = folder / "model.safetensors"
+        single = inside(folder, "model.safetensors")
         if not single.exists():
             raise WeightsError(f"{folder}: neither model.safetensors nor {INDEX}; name a folder of released weights")
         return [single]
@@ -115,7 +115,23 @@ def weight_files(folder: Path) -> list[Path]:
     for name in names:
         if not (folder / name).is_file():
             raise WeightsError(f"{folder / name}: named by the index but missing; copy the file again")
-    return [folder / name for name in names]
+    return [inside(folder, name) for name in names]
+
+
+def inside(folder: Path, name: str) -> Path:
+    """``folder / name``, unless that is a link which leaves the folder: what it names would be taken for a part of
+    these weights, and be copied beside those that are written from them.
+
+    Links into the ``blobs`` of a download cache are how its folders look.
+
+    Raises:
+        WeightsError: it leaves.
+    """
+    path, home = folder / name, folder.resolve()
+    found = path.resolve()
+    if not any(found.is_relative_to(root) for root in (home, home.parent / "blobs", home.parent.parent / "blobs")):
+        raise WeightsError(f"{path}: a link that leaves the folder, to {found}; refused: put the file itself there")
+    return path
 
 
 def locate_tensors(folder: Path, stem: str) -> dict[str, Path]:
@@ -197,10 +213,11 @@ def new_folder(folder: Path) -> Iterator[Path]:
     temporary: Path | None = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        unnamed = folder.parent / f".{folder.name}-{secrets.token_hex(8)}"
+        unnamed.mkdir()  # fails where somebody has foreseen its name; for others to read if the umask says so
+        temporary = unnamed
         yield temporary
         sync(temporary)
-        temporary.chmod(0o755)
         temporary.rename(folder)
         sync(folder.parent)
     except OSError as error:

@@ -36,6 +36,7 @@ def console(*arguments: object) -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["openv4", *map(str, arguments)])
         patch.setenv("PYTHONSAFEPATH", "1")  # which main sets
+        patch.setattr(sys, "excepthook", sys.excepthook)
         try:
             cli.main()
         except SystemExit as stop:

@@ -219,7 +219,7 @@ class Checkpoint:
     def __init__(self, folder: Path, processes: Processes = ALONE) -> None:
         verify(folder, processes)
         self.folder, self.processes = folder, processes
-        self.state: dict[str, Any] = json.loads((folder / "state.json").read_text())
+        self.state = _state(folder)
         self._adapted = (folder / ADAPTER_CONFIG).exists()
 
     def fill(self, model: Transformer) -> None:
@@ -348,11 +348,20 @@ def verify(folder: Path, processes: Processes = ALONE) -> None:
     with processes.together():
         manifest = _verify_files(folder, processes)
     # All that no checksum covers yet; without this, a flipped bit in it would pass.
-    if manifest.get("step") != (step := json.loads((folder / "state.json").read_text())["step"]):
+    if manifest.get("step") != (step := _state(folder)["step"]):
         found = manifest.get("step")
         raise CheckpointError(
             f"{folder / 'manifest.json'}: step {found!r}, but state.json says {step}; {_way_out(folder)}"
         )
+
+
+def _state(folder: Path) -> dict[str, Any]:
+    """The counters of a checkpoint. Whoever wrote it may have written a right checksum of something else."""
+    try:
+        state: dict[str, Any] = json.loads((folder / "state.json").read_text())
+        return state | {"step": state["step"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / 'state.json'}: unreadable ({error!r}); {_way_out(folder)}") from None
 
 
 def _way_out(folder: Path) -> str:

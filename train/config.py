@@ -478,7 +478,7 @@ def run_config(checkpoint: str | Path) -> tuple[Path, TrainConfig] | None:
     path = Path(checkpoint).resolve()
     for folder in (path, path.parent.parent):
         if (folder / "config.yaml").is_file():
-            return folder, from_yaml(TrainConfig, (folder / "config.yaml").read_text())
+            return folder, from_yaml(TrainConfig, (folder / "config.yaml").read_text(errors="replace"))
     return None
 
 

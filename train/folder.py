@@ -1,6 +1,10 @@
 """The folder of a run: whose it is, and what describes the run in it."""
 
 import fcntl
+import os
+import pwd
+import stat
+import sys
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +14,7 @@ from .checkpoint import latest_checkpoint, remove_leftovers
 from .config import ConfigError, TrainConfig, from_yaml, leaves, to_yaml
 from .dataset import Dataset
 from .environment import write_environment
+from .secret import secret_in
 
 
 def claim_folder(run: Path, config: TrainConfig, stack: ExitStack) -> None:
@@ -20,6 +25,11 @@ def claim_folder(run: Path, config: TrainConfig, stack: ExitStack) -> None:
     ours = (".lock", ".config.yaml")  # all there is if a run was killed at once
     if run.is_dir() and not config_file.exists() and any(path.name not in ours for path in run.iterdir()):
         raise ConfigError(f"output={run} holds files that are no run's; choose another folder")
+    if name := secret_in("\n".join(str(value) for _, value in leaves(asdict(config)))):
+        raise ConfigError(
+            f"the config holds the value of {name}, and would be written to {config_file}; leave it out: who needs it "
+            "reads the variable"
+        )
     run.mkdir(parents=True, exist_ok=True)
     lock = stack.enter_context((run / ".lock").open("w"))
     try:
@@ -41,6 +51,34 @@ def claim_folder(run: Path, config: TrainConfig, stack: ExitStack) -> None:
             )
     (run / "checkpoints").mkdir(exist_ok=True)
     remove_leftovers(run / "checkpoints")
+    if line := exposed(run):
+        print(f"warning: {line}", file=sys.stderr)
+
+
+def exposed(run: Path) -> str:
+    """A line that says who besides the user and root could change the files of a run; nothing where nobody could.
+
+    Groups share folders on clusters, and are trusted. A parent such as /tmp may be anybody's: its sticky bit keeps
+    others off the run.
+    """
+    newest = latest_checkpoint(run / "checkpoints")
+    for path in (run, run / "checkpoints", *([] if newest is None else [newest])):
+        status = path.stat()
+        if status.st_uid not in (os.geteuid(), 0):
+            return f"{path} belongs to another user ({_name(status.st_uid)}), who may change this run; copy it to go on"
+        if status.st_mode & stat.S_IWOTH:
+            return f"anybody on this machine may change {path}, and with it this run; chmod o-w {path}"
+    mode = run.resolve().parent.stat().st_mode
+    if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+        return f"anybody on this machine may replace {run}: its parent is open to all; chmod o-w {run.resolve().parent}"
+    return ""
+
+
+def _name(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"uid {uid}"
 
 
 def write_description(run: Path, config: TrainConfig, data: Dataset) -> None:

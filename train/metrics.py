@@ -23,6 +23,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 
 from .config import Preempted
+from .secret import redacted
 
 GROUPS = ("train", "validation", "data", "moe", "attn", "mhc", "optim", "stability", "system")
 
@@ -113,14 +114,14 @@ class EventLog:
             raise
         except BaseException as error:
             kind = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-            reason = " ".join(str(error).split())[:200]
+            reason = redacted(" ".join(str(error).split()))[:200]
             self.write(state.step, kind, f"{type(error).__name__}{reason and ': '}{reason}")
             raise
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a file of JSON lines; what was cut off mid-write is left out."""
-    return list(_objects(path.read_text())) if path.exists() else []
+    return list(_objects(path.read_text(errors="replace"))) if path.exists() else []
 
 
 def _objects(text: str) -> Iterator[dict[str, Any]]:

@@ -113,8 +113,10 @@ def meet(rank: int, world: int, address: str, port: int, seconds: float = MEET_S
     if opens and (reason := _cannot_listen(port)):
         raise PreflightError([f"rank 0 ({host}): cannot open {where}: {reason}; choose another MASTER_PORT"])
     try:
-        wait = timedelta(seconds=seconds)
-        opened = _within(seconds, lambda: TCPStore(address, port, world, opens, timeout=wait, wait_for_workers=False))
+        options: dict[str, Any] = {"timeout": timedelta(seconds=seconds), "wait_for_workers": False}
+        if opens and (listener := _on_this_machine(address, port)):
+            options["master_listen_fd"] = listener.detach()
+        opened = _within(seconds, lambda: TCPStore(address, port, world, opens, **options))
         # A run's own part of it, so that a stranger at a port that two jobs share is not taken for one of ours.
         job = os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_RESTART_COUNT", "")
         store = PrefixStore("/".join(("openv4", *job)), opened)
@@ -152,6 +154,17 @@ def _cannot_listen(port: int) -> str:
         except OSError as error:
             return f"port {port}: {error.strerror}"
     return ""
+
+
+def _on_this_machine(address: str, port: int) -> socket.socket | None:
+    """A socket for a store that other machines cannot reach, where the address is for this machine alone (a store of
+    its own making listens to all). None: it is not, or the port was taken a moment ago, which the store will say."""
+    if address not in ("127.0.0.1", "localhost"):
+        return None
+    try:
+        return socket.create_server(("127.0.0.1", port))
+    except OSError:
+        return None
 
 
 def _within(seconds: float, function: Callable[[], T]) -> T:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .metrics import GROUPS, Row
+from .secret import redacted
 
 
 class WandbLog:
@@ -84,7 +85,7 @@ class WandbLog:
 
     def disable(self, error: BaseException) -> None:
         self._run = None
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = redacted(" ".join(f"{type(error).__name__}: {error}".split()))
         print(f"W&B stopped ({reason}); training goes on without it", file=sys.stderr)
 
 
