@@ -38,6 +38,10 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be written or read; the message names the file and the way out."""
 
 
+class DamageError(CheckpointError):
+    """A checkpoint whose files are no longer as they were written."""
+
+
 class Preempted(Exception):  # noqa: N818 (no error)
     """A signal has asked a run to stop, and it is saved; it goes on when the same command is started again."""
 

@@ -26,7 +26,7 @@ from ..model.tensor_files import write_json
 from ..model.transformer import Transformer
 from ..optim.groups import GroupRow, Optimizers
 from ..optim.schedule import Plan, Schedule
-from .checkpoint import Processes, TrainState, latest_checkpoint, load_checkpoint, make_latest
+from .checkpoint import Processes, TrainState, load_checkpoint, load_newest, make_latest, set_aside
 from .checkpoint_writer import CheckpointWriter
 from .config import CheckpointError, ConfigError, PrecisionConfig, Preempted, TrainConfig
 from .dataset import Dataset, open_dataset
@@ -140,12 +140,14 @@ def train(config: TrainConfig) -> Path:
         state = TrainState(data=loader.state_dict(), fingerprint=data.fingerprint, base=base)
         writers = Processes(processes.rank, processes.world, processes.agree)
         held = processes.held(model, optimizers)
-        resumed = restore(run, model, optimizers, state, data, config.checkpoint.keep, writers, held)
+        resumed, damaged = restore(run, model, optimizers, state, data, config.checkpoint.keep, writers, held)
         loader.load_state_dict(state.data or {})
         processes.first_does(lambda: write_description(run, config, data))
 
         journal = Journal(run, config, state, schedule.total_steps, processes.first, stack)
         introduce(journal, config, optimizers, processes, data, resumed, state)
+        for text in damaged:
+            journal.warn("damaged", text)
         saver = stack.enter_context(
             CheckpointWriter(run / "checkpoints", config.checkpoint.keep, writers, config.checkpoint.asynchronous)
         )
@@ -314,13 +316,18 @@ def restore(
     keep: int,
     writers: Processes,
     held: Mapping[str, Sequence[int] | None],
-) -> Path | None:
-    """Loads the newest checkpoint, if there is one, and makes sure that it continues on the same data."""
-    newest = latest_checkpoint(run / "checkpoints")
-    if newest is None:
-        return None
+) -> tuple[Path | None, list[str]]:
+    """Loads the newest checkpoint, if there is one, and makes sure that it continues on the same data.
+
+    Returns:
+        the checkpoint; and on the first process, what it says of newer ones, which were damaged and set aside.
+    """
     fingerprint, base = state.fingerprint, state.base
-    load_checkpoint(newest, model, optimizers, state, writers, held)
+    newest, damaged = load_newest(
+        run / "checkpoints", lambda folder: load_checkpoint(folder, model, optimizers, state, writers, held)
+    )
+    if newest is None:
+        return None, []
     if state.base != base:
         raise CheckpointError(
             f"{newest}: was trained from other weights than those that are in model.pretrained now; "
@@ -331,9 +338,11 @@ def restore(
             f"{newest}: was trained on other data than {data.folders[0].folder}; "
             "give the same data, or another output to start a new run"
         )
-    if writers.rank == 0:
-        make_latest(newest, keep)
-    return newest
+    if writers.rank != 0:
+        return newest, []
+    told = [f"{line}, going on from {newest.name}" for line in set_aside(damaged)]
+    make_latest(newest, keep)
+    return newest, told
 
 
 def split_batch(batch: Batch, micro_batch_tokens: int, device: torch.device) -> list[Batch]:
