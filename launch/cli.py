@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, get_origin, get_type_hints
@@ -27,6 +28,7 @@ from ..train.config import (
     normalize,
     quoted,
 )
+from .output import lasting_output
 
 
 class Command(NamedTuple):
@@ -75,6 +77,11 @@ def main() -> None:
     os.environ.setdefault("PYTHONSAFEPATH", "1")
     module = importlib.import_module(f".{name}", __package__)
     arguments = _spelled_out(module.CONFIG, getattr(module, "POSITIONAL", None), arguments)
+    with lasting_output() if name == "train" else nullcontext():
+        _run(name, module, arguments)
+
+
+def _run(name: str, module: Any, arguments: list[str]) -> None:
     try:
         if any(argument.startswith("-") for argument in arguments):
             _hydra_application(name, module.CONFIG, module.run, arguments)
@@ -95,14 +102,15 @@ def main_of_process(config: str) -> None:
     from .train import CONFIG, die_with_parent, run
 
     die_with_parent()
-    try:
-        run(from_yaml(CONFIG, Path(config).read_text()))
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except EXPECTED as error:
-        _fail(error)
-    if _one_of_several():
-        _exit(0)
+    with lasting_output():
+        try:
+            run(from_yaml(CONFIG, Path(config).read_text()))
+        except KeyboardInterrupt:
+            sys.exit(130)
+        except EXPECTED as error:
+            _fail(error)
+        if _one_of_several():
+            _exit(0)
 
 
 def _spelled_out(schema: type[Any], positional: str | None, arguments: list[str]) -> list[str]:

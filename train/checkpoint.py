@@ -35,7 +35,7 @@ from ..model.config import WeightsError
 from ..model.lora import CONFIG_FILE as ADAPTER_CONFIG
 from ..model.lora import fill_adapter, load_adapter
 from ..model.released import fill_weights, load_pretrained
-from ..model.tensor_files import listed, locate_tensors, read_tensors, sync
+from ..model.tensor_files import listed, locate_tensors, read_tensors, sync, write_text
 from ..model.transformer import Transformer
 from ..optim.groups import Optimizers
 from .config import CheckpointError, DamageError
@@ -191,8 +191,7 @@ def make_latest(folder: Path, keep: int) -> None:
     on resume, where it completes a save that was killed before it."""
     checkpoints = folder.parent
     pointer = checkpoints / ".latest"
-    pointer.write_text(folder.name + "\n")
-    sync(pointer)
+    write_text(pointer, folder.name + "\n")
     pointer.rename(checkpoints / "latest")
     sync(checkpoints)
     for old in complete_checkpoints(checkpoints)[:-keep]:
@@ -379,17 +378,21 @@ def verify(folder: Path, processes: Processes = ALONE) -> None:
     """
     with processes.together():
         try:
-            _verify_files(folder, processes)
+            manifest = _verify_files(folder, processes)
         except OSError as error:
             kind = DamageError if error.errno == errno.EIO else CheckpointError  # not what is closed or not mounted
             raise kind(f"{folder}: cannot be read ({error}); see to its file system; {_way_out(folder)}") from None
+    # All that no checksum covers yet; without this, a flipped bit in it would pass.
+    if manifest.get("step") != (step := json.loads((folder / "state.json").read_text())["step"]):
+        found, way_out = manifest.get("step"), _way_out(folder)
+        raise DamageError(f"{folder / 'manifest.json'}: step {found!r}, but state.json says {step}; {way_out}")
 
 
 def _way_out(folder: Path) -> str:
     return f"remove {folder} to go on from an earlier checkpoint"
 
 
-def _verify_files(folder: Path, processes: Processes) -> None:
+def _verify_files(folder: Path, processes: Processes) -> dict[str, Any]:
     way_out = _way_out(folder)
     try:
         manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
@@ -416,10 +419,7 @@ def _verify_files(folder: Path, processes: Processes) -> None:
             raise DamageError(
                 f"{path}: checksum {found[:12]} instead of {str(checksum)[:12]}, the file changed; {way_out}"
             )
-    # All that no checksum covers yet; without this, a flipped bit in it would pass.
-    listed_step, step = manifest.get("step"), json.loads((folder / "state.json").read_text())["step"]
-    if listed_step != step:
-        raise DamageError(f"{folder / 'manifest.json'}: step {listed_step!r}, but state.json says {step}; {way_out}")
+    return manifest
 
 
 def complete_checkpoints(checkpoints: Path) -> list[Path]:

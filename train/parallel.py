@@ -93,6 +93,7 @@ class Alone:
         Raises:
             PreflightError: they cannot train together, or not be saved.
         """
+        preflight(config, 0, 0, lambda value: [value], fingerprint)
 
     def first_does(self, function: Callable[[], T]) -> T | None:
         """What ``function`` returns in the first process; the others wait for it, and get None.
