@@ -583,7 +583,7 @@ def test_a_file_system_that_is_full(free_space_is_told: bool, tmp_path: Path, mo
         with full, CheckpointWriter(small, 99, asynchronous=True) as writer:
             for step in range(1, 99):
                 writer.save(snapshot_of(step=step))
-                published = step if free_space_is_told else step - 1  # found out before a save begins, or by the next one
+                published = step if free_space_is_told else step - 1  # told before a save begins, or by the next one
         names = sorted(path.name for path in small.iterdir() if path.name != ".latest")
         assert published > 1 and names == sorted(["latest", *(f"step_{step}" for step in range(1, published + 1))])
         newest = latest_checkpoint(small)

@@ -1,6 +1,8 @@
 """The folder of a run: whose it is, and what describes the run in it."""
 
 import fcntl
+import os
+import socket
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -21,11 +23,18 @@ def claim_folder(run: Path, config: TrainConfig, stack: ExitStack) -> None:
     if run.is_dir() and not config_file.exists() and any(path.name not in ours for path in run.iterdir()):
         raise ConfigError(f"output={run} holds files that are no run's; choose another folder")
     run.mkdir(parents=True, exist_ok=True)
-    lock = stack.enter_context((run / ".lock").open("w"))
+    lock = stack.enter_context((run / ".lock").open("a+"))
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it, however this process ends
     except OSError:
-        raise ConfigError(f"output={run}: another process trains here; wait for it or choose another folder") from None
+        lock.seek(0)
+        owner = f" ({found})" if (found := lock.read().strip()) else ""
+        raise ConfigError(
+            f"output={run}: another process{owner} trains here; wait for it or choose another folder"
+        ) from None
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    lock.flush()
     if latest_checkpoint(run / "checkpoints") is None:
         write_config(run, config)  # whatever was configured here before has trained nothing
     else:
