@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import struct
 import sys
 import tempfile
 import time
@@ -83,6 +84,7 @@ class TensorFolder:
         self.entries: dict[str, Entry] = {}
         for file in weight_files(folder):
             with open_tensors(file) as tensors:
+                _refuse_repeated_names(file)
                 for key in tensors.keys():  # noqa: SIM118 (not a dict)
                     stored = tensors.get_slice(key)
                     name = rename(key)
@@ -248,6 +250,21 @@ def new_folder(folder: Path) -> Iterator[Path]:
         if temporary is not None and temporary.exists():
             with suppress(OSError):
                 shutil.rmtree(temporary)
+
+
+def _refuse_repeated_names(file: Path) -> None:
+    """Of a file whose header is otherwise sound. Readers differ in which tensor of a name they take."""
+
+    def checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise WeightsError(f"{file}: its header has {max(names, key=names.count)} twice; copy or export it again")
+        return found
+
+    with file.open("rb") as content:
+        (length,) = struct.unpack("<Q", content.read(8))
+        json.loads(content.read(length), object_pairs_hook=checked)
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -7,7 +7,7 @@
                            optimizer*.safetensors            momentum and moments, by parameter name, and each
                                                              process's random state
                            state.json                        steps, tokens, data position
-                           manifest.json                     size and SHA-256 of every other file
+                           manifest.json                     size and SHA-256 of every other file, and its own
 <run>/checkpoints/latest   the name of the newest; moved last
 <run>/checkpoints/damaged_step_N   what a resume found damaged and left for an older one: nothing reads or removes it
 
@@ -399,11 +399,15 @@ def _verify_files(folder: Path, processes: Processes) -> dict[str, Any]:
         files = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamageError(f"{folder / 'manifest.json'}: unreadable ({error!r}); {way_out}") from None
+    if manifest.get("checksum", seal(manifest)) != seal(manifest):
+        raise DamageError(f"{folder / 'manifest.json'}: its checksum is not that of its content; {way_out}")
     if manifest.get("format") != FORMAT:
         raise CheckpointError(
             f"{folder}: format {manifest.get('format')!r}, this version reads {FORMAT}; go on with the version that "
             "wrote it, or choose another output folder"
         )
+    if odd := ", ".join(sorted(manifest.keys() - {"format", "step", "files", "checksum"})):
+        raise DamageError(f"{folder / 'manifest.json'}: holds {odd}, which is not known; {way_out}")
     present = {path.name for path in folder.iterdir()} - {"manifest.json"}
     if present != set(files):
         odd = ", ".join(sorted(present ^ set(files)))
@@ -420,6 +424,12 @@ def _verify_files(folder: Path, processes: Processes) -> dict[str, Any]:
                 f"{path}: checksum {found[:12]} instead of {str(checksum)[:12]}, the file changed; {way_out}"
             )
     return manifest
+
+
+def seal(manifest: Mapping[str, Any]) -> str:
+    """The checksum of a manifest, the key that holds it aside."""
+    content = {key: value for key, value in manifest.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def complete_checkpoints(checkpoints: Path) -> list[Path]:

@@ -40,6 +40,7 @@ from .checkpoint import (
     complete_checkpoints,
     file_checksum,
     make_latest,
+    seal,
     split_experts,
 )
 from .config import CheckpointError
@@ -265,7 +266,8 @@ class CheckpointWriter:
         parts_written = [_part(temporary, rank) for rank in range(self.processes.world)]
         files |= {path.name: _entry(path) for path in temporary.glob("*.json") if path not in parts_written}
         files = dict(sorted(files.items()))
-        write_json(temporary / "manifest.json", {"format": FORMAT, "step": work.state["step"], "files": files})
+        manifest = {"format": FORMAT, "step": work.state["step"], "files": files}
+        write_json(temporary / "manifest.json", manifest | {"checksum": seal(manifest)})
         for path in parts_written:
             path.unlink()
         sync(temporary)
