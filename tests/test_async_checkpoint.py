@@ -131,7 +131,7 @@ def test_as_one_process_reads_it(world: int, asynchronous: bool, tmp_path: Path)
     assert other_state == state
 
 
-@pytest.mark.parametrize("readers", [1, 2, 3])
+@pytest.mark.parametrize("readers", [1, 2, 3, 8])
 def test_as_other_numbers_of_processes_read_it(readers: int, tmp_path: Path) -> None:
     """Saved by four: each reader gets what it holds, weights and state, whole parameters and parts of the experts."""
     model, optimizers, state = trained(0)
