@@ -122,12 +122,13 @@ def check_memory(config: TrainConfig, processes: int, here: int) -> None:
 
 
 def machine_memory() -> int:
-    """Bytes that this machine has, or the control group that this process is in, and its swap."""
-    sizes = dict(re.findall(r"(\w+): +(\d+) kB", Path("/proc/meminfo").read_text()))
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.exists() else "max"
-    memory = 1024 * int(sizes["MemTotal"])
-    return min(memory, int(text) if text != "max" else memory) + 1024 * int(sizes["SwapTotal"])
+    """Bytes that this machine has, or the control group that this process is in; with its swap, where Linux tells."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit, about = Path("/sys/fs/cgroup/memory.max"), Path("/proc/meminfo")
+    if limit.exists() and (text := limit.read_text().strip()).isdigit():
+        memory = min(memory, int(text))
+    swap = re.search(r"SwapTotal: +(\d+) kB", about.read_text()) if about.exists() else None
+    return memory + (1024 * int(swap[1]) if swap else 0)
 
 
 def idle(config: TrainConfig, processes: int) -> list[str]:
