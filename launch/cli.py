@@ -7,6 +7,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +32,7 @@ from ..train.config import (
     quoted,
 )
 from ..train.secret import redacted
+from .output import lasting_output
 
 
 class Command(NamedTuple):
@@ -80,6 +82,11 @@ def main() -> None:
     os.environ.setdefault("PYTHONSAFEPATH", "1")
     module = importlib.import_module(f".{name}", __package__)
     arguments = _spelled_out(module.CONFIG, getattr(module, "POSITIONAL", None), arguments)
+    with lasting_output() if name == "train" else nullcontext():
+        _run(name, module, arguments)
+
+
+def _run(name: str, module: Any, arguments: list[str]) -> None:
     try:
         if any(argument.startswith("-") for argument in arguments):
             _hydra_application(name, module.CONFIG, module.run, arguments)
@@ -101,14 +108,15 @@ def main_of_process(config: str) -> None:
 
     sys.excepthook = _crash
     die_with_parent()
-    try:
-        run(from_yaml(CONFIG, Path(config).read_text()))
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except EXPECTED as error:
-        _fail(error)
-    if _one_of_several():
-        _exit(0)
+    with lasting_output():
+        try:
+            run(from_yaml(CONFIG, Path(config).read_text()))
+        except KeyboardInterrupt:
+            sys.exit(130)
+        except EXPECTED as error:
+            _fail(error)
+        if _one_of_several():
+            _exit(0)
 
 
 def _spelled_out(schema: type[Any], positional: str | None, arguments: list[str]) -> list[str]:

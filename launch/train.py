@@ -13,12 +13,8 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
-
 from ..train.config import REQUEUE_EXIT, ConfigError, TrainConfig, to_yaml
-from ..train.loop import train
-from ..train.parallel import launched
-from ..train.preflight import check_layout
+from ..train.preflight import check_layout, check_memory, launched
 
 CONFIG = TrainConfig
 
@@ -28,12 +24,19 @@ _CHILD = "import sys; from openv4.launch.cli import main_of_process; main_of_pro
 
 
 def run(config: TrainConfig) -> None:
+    nproc = config.parallel.nproc
+    environment = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    check_memory(config, *(environment if launched() else (nproc, nproc)))
+    import torch  # with what needs it: two seconds, which a refusal need not wait for
+
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device=cuda: torch finds no CUDA device here; use device=auto or cpu")
-    if launched() or config.parallel.nproc == 1:
+    if launched() or nproc == 1:
+        from ..train.loop import train
+
         train(config)
         return
-    check_layout(config, config.parallel.nproc)
+    check_layout(config, nproc)
     if code := start_processes(config):
         sys.exit(code)
 

@@ -3,15 +3,21 @@
 Nothing is ever unpickled, and nothing outside the folder is read.
 """
 
+import errno
+import functools
 import json
 import os
+import re
 import secrets
 import shutil
+import struct
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +27,13 @@ from torch import Tensor
 from .config import WeightsError
 
 INDEX = "model.safetensors.index.json"
+
+P = ParamSpec("P")
+
+# What a file system says when it may be well again in a moment, as one of a network: it lost its server, or its grip
+# on a file, or a line of its cache.
+TRANSIENT = {errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EINTR, errno.EBUSY, errno.ETIMEDOUT, errno.EREMOTEIO}
+PAUSES = (0.5, 1.0, 2.0, 4.0)  # seconds, before each further try
 
 # Safetensors' names of what can be read.
 DTYPES = {
@@ -71,6 +84,7 @@ class TensorFolder:
         self.entries: dict[str, Entry] = {}
         for file in weight_files(folder):
             with open_tensors(file) as tensors:
+                _refuse_repeated_names(file)
                 for key in tensors.keys():  # noqa: SIM118 (not a dict)
                     stored = tensors.get_slice(key)
                     name = rename(key)
@@ -174,12 +188,33 @@ def open_tensors(file: Path) -> Iterator[Any]:
         raise _damaged(file, error) from None
 
 
+def persistent(write: Callable[P, None]) -> Callable[P, None]:
+    """``write``, which makes a file anew, tried again where the file system failed for the moment; all of it, for after
+    a sync that failed the system takes for written what is not."""
+
+    @functools.wraps(write)
+    def tried(*args: P.args, **kwargs: P.kwargs) -> None:
+        for pause in PAUSES:
+            try:
+                return write(*args, **kwargs)
+            except OSError as error:
+                if error.errno not in TRANSIENT:
+                    raise
+                print(f"{args[0]}: {error}; writing it again in {pause:g} s", file=sys.stderr, flush=True)
+                time.sleep(pause)
+        return write(*args, **kwargs)
+
+    return tried
+
+
+@persistent
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """A safetensors file, on disk when this returns; OSError where the disk refuses."""
     try:
         save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, path, metadata={"format": "pt"})
     except SafetensorError as error:
-        raise OSError(str(error)) from None
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else None, str(error)) from None
     sync(path)
 
 
@@ -192,7 +227,13 @@ def write_index(folder: Path, stem: str, weight_map: Mapping[str, str], total: i
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """A JSON file, on disk when this returns."""
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(values, indent=2) + "\n")
+
+
+@persistent
+def write_text(path: Path, text: str) -> None:
+    """A text file, on disk when this returns."""
+    path.write_text(text, encoding="utf-8")
     sync(path)
 
 
@@ -226,6 +267,21 @@ def new_folder(folder: Path) -> Iterator[Path]:
         if temporary is not None and temporary.exists():
             with suppress(OSError):
                 shutil.rmtree(temporary)
+
+
+def _refuse_repeated_names(file: Path) -> None:
+    """Of a file whose header is otherwise sound. Readers differ in which tensor of a name they take."""
+
+    def checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise WeightsError(f"{file}: its header has {max(names, key=names.count)} twice; copy or export it again")
+        return found
+
+    with file.open("rb") as content:
+        (length,) = struct.unpack("<Q", content.read(8))
+        json.loads(content.read(length), object_pairs_hook=checked)
 
 
 def _weight_map(index: Path) -> dict[str, str]:

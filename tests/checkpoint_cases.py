@@ -59,6 +59,7 @@ SAVING |= {
     "write_tensors",
     "write_json",
     "write_index",
+    "tried",
     "sync",
     "file_checksum",
     "write_text",

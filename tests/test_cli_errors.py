@@ -183,8 +183,10 @@ def commands_that_read(run: Path, workshop: Path, output: Path) -> list[list[obj
 def test_damaged_checkpoints(
     name: str, how: str, refused: Callable[..., str], copy_of_run: Path, workshop: Path, tmp_path: Path
 ) -> None:
-    """A changed byte anywhere is found by every command, and nothing is changed or written."""
+    """A changed byte anywhere is found by every command, and nothing is changed or written. (With an older checkpoint a
+    run would go on: test_faults.)"""
     folder = copy_of_run / "checkpoints" / "step_8"
+    shutil.rmtree(copy_of_run / "checkpoints" / "step_4")
     spoil(folder / name, how)
     with untouched(copy_of_run):
         for command in commands_that_read(copy_of_run, workshop, tmp_path / "export"):

@@ -716,12 +716,12 @@ def test_a_second_process_is_refused(config: TrainConfig, tmp_path: Path) -> Non
     claim(run, config)
     before = contents(run)
     lock = str(run / ".lock")
-    code = f"import fcntl; file = open({lock!r}, 'w'); fcntl.flock(file, fcntl.LOCK_EX); print(flush=True); input()"
+    code = f"import fcntl; file = open({lock!r}, 'a'); fcntl.flock(file, fcntl.LOCK_EX); print(flush=True); input()"
     command = [sys.executable, "-c", code]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        with pytest.raises(ConfigError, match="another process trains here; wait for it or choose another folder"):
+        with pytest.raises(ConfigError, match=r"another process \(.+\) trains here; wait for it or choose"):
             claim(run, config)
         assert contents(run) == before
         process.kill()

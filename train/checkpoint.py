@@ -7,8 +7,9 @@
                            optimizer*.safetensors            momentum and moments, by parameter name, and each
                                                              process's random state; experts that were chosen ahead
                            state.json                        steps, tokens, data position
-                           manifest.json                     size and SHA-256 of every other file
+                           manifest.json                     size and SHA-256 of every other file, and its own
 <run>/checkpoints/latest   the name of the newest; moved last
+<run>/checkpoints/damaged_step_N   what a resume found damaged and left for an older one: nothing reads or removes it
 
 A checkpoint has no topology: every tensor is in it once, whole, experts one by one under their global numbers,
 whichever process wrote it. Where several wrote, each has files of its own, `model-00001-of-00004.safetensors`, and an
@@ -16,6 +17,7 @@ index (`model.safetensors.index.json`, `optimizer.safetensors.index.json`) tells
 `checkpoint_writer` writes them.
 """
 
+import errno
 import hashlib
 import json
 import re
@@ -33,16 +35,17 @@ from ..model.config import WeightsError
 from ..model.lora import CONFIG_FILE as ADAPTER_CONFIG
 from ..model.lora import fill_adapter, load_adapter
 from ..model.released import fill_weights, load_pretrained
-from ..model.tensor_files import listed, locate_tensors, read_tensors, sync
+from ..model.tensor_files import listed, locate_tensors, read_tensors, sync, write_text
 from ..model.transformer import Transformer
 from ..optim.groups import Optimizers
-from .config import CheckpointError
+from .config import CheckpointError, DamageError
 from .progress import progress_bar
 
 FORMAT = 2
 NO_STATES = ("rng.", "ahead.")  # what else is in the optimizer's files: random state, experts chosen ahead
 STATE_KINDS = ("momentum", "exp_avg", "exp_avg_sq", "step")  # the states of Muon and AdamW (optim.groups)
 _NAME = re.compile("step_[0-9]+")
+_DAMAGED = "damaged: "  # how processes tell each other of a DamageError
 # A parameter that stacks something of all experts, and how the released name of one of them continues.
 _STACKED = re.compile(r"(?P<stack>.*\.experts)\.(?P<rest>w[123]|lora\..*)")
 _SINGLE = re.compile(r"(?P<stack>.*\.experts)\.[0-9]+\.(?P<rest>w[123](?=\.weight$)|lora\..*)")
@@ -85,14 +88,15 @@ class Processes:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What fails within on one process fails on all of them, as the same CheckpointError."""
+        """What fails within on one process fails on all of them, as the same CheckpointError or DamageError."""
         problem, cause = "", None
         try:
             yield
         except CheckpointError as error:
-            problem, cause = str(error), error.__cause__
+            problem, cause = f"{_DAMAGED * isinstance(error, DamageError)}{error}", error.__cause__
         if problem := self.agree(problem):
-            raise CheckpointError(problem) from cause
+            kind = DamageError if problem.startswith(_DAMAGED) else CheckpointError
+            raise kind(problem.removeprefix(_DAMAGED)) from cause
 
 
 ALONE = Processes()
@@ -190,8 +194,7 @@ def make_latest(folder: Path, keep: int) -> None:
     on resume, where it completes a save that was killed before it."""
     checkpoints = folder.parent
     pointer = checkpoints / ".latest"
-    pointer.write_text(folder.name + "\n")
-    sync(pointer)
+    write_text(pointer, folder.name + "\n")
     pointer.rename(checkpoints / "latest")
     sync(checkpoints)
     for old in complete_checkpoints(checkpoints)[:-keep]:
@@ -213,7 +216,8 @@ class Checkpoint:
     """A published checkpoint, whose files were compared with their checksums, to be read by any number of processes.
 
     Raises:
-        CheckpointError: a file is missing, changed or truncated.
+        DamageError: a file is missing, changed or truncated.
+        CheckpointError: it cannot be read, or is of another format.
     """
 
     def __init__(self, folder: Path, processes: Processes = ALONE) -> None:
@@ -307,7 +311,8 @@ def load_checkpoint(
         held: the parameters of ``optimizers`` as in ``Checkpoint.weights``; None: all that the model trains, whole.
 
     Raises:
-        CheckpointError: a file is missing, changed or truncated, or the checkpoint is of another architecture.
+        DamageError: a file is missing, changed or truncated; nothing was filled.
+        CheckpointError: the checkpoint cannot be read, or is of another format or architecture.
     """
     checkpoint = Checkpoint(folder, processes)
     checkpoint.fill(model)
@@ -329,6 +334,43 @@ def chosen_ahead(folder: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[
         yield from read_tensors({name: place for name, place in places.items() if wanted(name)})
 
 
+def load_newest(checkpoints: Path, load: Callable[[Path], None]) -> tuple[Path | None, dict[Path, str]]:
+    """Loads the newest checkpoint; where its files are damaged, the newest one that is whole.
+
+    Args:
+        load: ``load_checkpoint`` with its arguments, and what else is to be checked of a checkpoint.
+
+    Returns:
+        the checkpoint, None if there is none at all; and what is wrong with those newer than it, for ``set_aside``.
+
+    Raises:
+        DamageError: of the newest; no other one is whole.
+    """
+    newest, damaged = latest_checkpoint(checkpoints), dict[Path, str]()
+    if newest is None:
+        return None, damaged
+    older = [path for path in complete_checkpoints(checkpoints) if _step(path) < _step(newest)]
+    for folder in (newest, *reversed(older)):
+        try:
+            load(folder)
+        except DamageError as error:
+            damaged[folder] = str(error)
+        else:
+            return folder, damaged
+    raise DamageError(damaged[newest])
+
+
+def set_aside(damaged: Mapping[Path, str]) -> list[str]:
+    """Renames checkpoints to ``damaged_step_N``, which nothing reads or deletes; returns a line for each: what is wrong
+    with it, and where it is now."""
+    lines = []
+    for folder, problem in damaged.items():
+        before = sum(1 for _ in folder.parent.glob(f"damaged_{folder.name}*"))
+        moved = folder.rename(folder.with_name(f"damaged_{folder.name}" + (f".{before}" if before else "")))
+        lines.append(f"{problem.removesuffix(f'; {_way_out(folder)}')}; kept as {moved}")
+    return lines
+
+
 @contextmanager
 def _named(folder: Path) -> Iterator[None]:
     """Errors of content become CheckpointErrors that name the folder."""
@@ -341,18 +383,21 @@ def _named(folder: Path) -> Iterator[None]:
 
 
 def verify(folder: Path, processes: Processes = ALONE) -> None:
-    """Raises CheckpointError unless every file of a checkpoint is there and as it was written.
+    """Raises DamageError unless every file of a checkpoint is there and as it was written, CheckpointError if the file
+    system fails or the format is another.
 
     Of several processes each reads some of the files, and all know the result.
     """
     with processes.together():
-        manifest = _verify_files(folder, processes)
+        try:
+            manifest = _verify_files(folder, processes)
+        except OSError as error:
+            kind = DamageError if error.errno == errno.EIO else CheckpointError  # not what is closed or not mounted
+            raise kind(f"{folder}: cannot be read ({error}); see to its file system; {_way_out(folder)}") from None
     # All that no checksum covers yet; without this, a flipped bit in it would pass.
     if manifest.get("step") != (step := _state(folder)["step"]):
-        found = manifest.get("step")
-        raise CheckpointError(
-            f"{folder / 'manifest.json'}: step {found!r}, but state.json says {step}; {_way_out(folder)}"
-        )
+        found, way_out = manifest.get("step"), _way_out(folder)
+        raise DamageError(f"{folder / 'manifest.json'}: step {found!r}, but state.json says {step}; {way_out}")
 
 
 def _state(folder: Path) -> dict[str, Any]:
@@ -373,29 +418,39 @@ def _verify_files(folder: Path, processes: Processes) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
         files = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder / 'manifest.json'}: unreadable ({error!r}); {way_out}") from None
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamageError(f"{folder / 'manifest.json'}: unreadable ({error!r}); {way_out}") from None
+    if manifest.get("checksum", seal(manifest)) != seal(manifest):
+        raise DamageError(f"{folder / 'manifest.json'}: its checksum is not that of its content; {way_out}")
     if manifest.get("format") != FORMAT:
         raise CheckpointError(
             f"{folder}: format {manifest.get('format')!r}, this version reads {FORMAT}; go on with the version that "
             "wrote it, or choose another output folder"
         )
+    if odd := ", ".join(sorted(manifest.keys() - {"format", "step", "files", "checksum"})):
+        raise DamageError(f"{folder / 'manifest.json'}: holds {odd}, which is not known; {way_out}")
     present = {path.name for path in folder.iterdir()} - {"manifest.json"}
     if present != set(files):
         odd = ", ".join(sorted(present ^ set(files)))
-        raise CheckpointError(f"{folder}: files missing or added: {odd}; {way_out}")
+        raise DamageError(f"{folder}: files missing or added: {odd}; {way_out}")
     for name, (size, _) in files.items():
         path = folder / name
         if path.stat().st_size != size:
-            raise CheckpointError(f"{path}: {path.stat().st_size} bytes instead of {size}; {way_out}")
+            raise DamageError(f"{path}: {path.stat().st_size} bytes instead of {size}; {way_out}")
     largest_first = sorted(files, key=lambda name: (-files[name][0], name))  # so that the processes get like portions
     for name in largest_first[processes.rank :: processes.world]:
         path, checksum = folder / name, files[name][1]
         if (found := file_checksum(path)) != checksum:
-            raise CheckpointError(
+            raise DamageError(
                 f"{path}: checksum {found[:12]} instead of {str(checksum)[:12]}, the file changed; {way_out}"
             )
     return manifest
+
+
+def seal(manifest: Mapping[str, Any]) -> str:
+    """The checksum of a manifest, the key that holds it aside."""
+    content = {key: value for key, value in manifest.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def complete_checkpoints(checkpoints: Path) -> list[Path]:

@@ -7,6 +7,7 @@ processes talk (``Processes.agree``) in ``save`` and ``wait`` alone, where all o
 dies, the checkpoint before is in force.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -31,7 +32,17 @@ from ..model.shapes import tensor_shapes
 from ..model.tensor_files import listed, sync, write_index, write_json, write_tensors
 from ..model.transformer import Transformer
 from ..optim.groups import Optimizers
-from .checkpoint import ALONE, FORMAT, Processes, TrainState, file_checksum, make_latest, split_experts
+from .checkpoint import (
+    ALONE,
+    FORMAT,
+    Processes,
+    TrainState,
+    complete_checkpoints,
+    file_checksum,
+    make_latest,
+    seal,
+    split_experts,
+)
 from .config import CheckpointError
 
 MAX_FILE_BYTES = 5_000_000_000
@@ -126,14 +137,14 @@ class CheckpointWriter:
         start = time.perf_counter()
         self.wait()
         folder = self.checkpoints / f"step_{snapshot.state.step}"
-        with self.processes.together():
-            self._open(folder)
         weights: Mapping[str, Tensor] = snapshot.weights
         optimizer: Mapping[str, Tensor] = {
             **snapshot.optimizer,
             **snapshot.ahead,
             **_random_state(self.processes.rank),
         }
+        with self.processes.together():
+            self._open(folder, sum(tensor.nbytes for tensor in (*weights.values(), *optimizer.values())))
         values = json.loads(json.dumps(snapshot.state.state_dict()))
         if self.asynchronous:
             weights, optimizer = self._buffers.copy(weights, optimizer)
@@ -240,7 +251,7 @@ class CheckpointWriter:
         except CheckpointError as error:
             self._error = error
         except OSError as error:
-            self._error = CheckpointError(f"{failed}{work.folder}: cannot write ({error}); free some space and resume")
+            self._error = CheckpointError(f"{failed}{_refused(work.folder, error)}")
         except Exception as error:  # a mistake of ours; training must hear of it, and where it is
             self._error = CheckpointError(f"{failed}{error!r}")
             self._error.__cause__ = error
@@ -261,7 +272,8 @@ class CheckpointWriter:
         parts_written = [_part(temporary, rank) for rank in range(self.processes.world)]
         files |= {path.name: _entry(path) for path in temporary.glob("*.json") if path not in parts_written}
         files = dict(sorted(files.items()))
-        write_json(temporary / "manifest.json", {"format": FORMAT, "step": work.state["step"], "files": files})
+        manifest = {"format": FORMAT, "step": work.state["step"], "files": files}
+        write_json(temporary / "manifest.json", manifest | {"checksum": seal(manifest)})
         for path in parts_written:
             path.unlink()
         sync(temporary)
@@ -275,7 +287,7 @@ class CheckpointWriter:
             sync(self.checkpoints)
             make_latest(work.folder, self.keep)
         except OSError as error:
-            raise CheckpointError(f"{self.checkpoints}: cannot write ({error}); free some space and resume") from None
+            raise CheckpointError(_refused(self.checkpoints, error)) from None
 
     def _collect(self, temporary: Path) -> list[dict[str, Any]]:
         """The parts of all processes, once they are there."""
@@ -298,15 +310,30 @@ class CheckpointWriter:
 
     # On the calling thread.
 
-    def _open(self, folder: Path) -> None:
-        if self.processes.rank == 0:
-            temporary = _temporary(folder)
-            try:
-                self.checkpoints.mkdir(parents=True, exist_ok=True)
-                shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir()
-            except OSError as error:
-                raise CheckpointError(f"{temporary}: cannot write ({error}); free some space and resume") from None
+    def _open(self, folder: Path, size: int) -> None:
+        """Makes the folder to write to, if there is space for ``size`` bytes, and for as much as the checkpoint before
+        has, which the other processes' parts are in: the disk is not filled up first."""
+        if self.processes.rank != 0:
+            return
+        temporary = _temporary(folder)
+        try:
+            self.checkpoints.mkdir(exist_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True)
+            for before in complete_checkpoints(self.checkpoints)[-1:]:
+                size = max(size, sum(path.stat().st_size for path in before.iterdir()))
+            disk = shutil.disk_usage(self.checkpoints)
+            if disk.free < size and disk.total:  # some file systems tell nothing
+                amounts = f"{disk.free / 1e9:.3g} GB are free, {size / 1e9:.3g} GB needed"
+                raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {amounts}")
+            temporary.mkdir()
+        except OSError as error:
+            failed = f"checkpoint of {folder.name.replace('_', ' ')} not written: "
+            raise CheckpointError(f"{failed}{_refused(temporary, error)}") from None
+
+
+def _refused(path: Path, error: OSError) -> str:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return f"{path}: cannot write ({error}); {'free some space' if full else 'see to its file system'} and resume"
 
 
 @dataclass(frozen=True)

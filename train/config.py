@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+import yaml  # type: ignore[import-untyped]
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError  # type: ignore[import-untyped]
+from yaml import YAMLError
 
 from ..data.config import Effort, SourceConfig
 from ..model.config import LoRAConfig, ModelConfig, Recompute, without_mtp
@@ -36,6 +37,10 @@ class ConfigError(ValueError):
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be written or read; the message names the file and the way out."""
+
+
+class DamageError(CheckpointError):
+    """A checkpoint whose files are no longer as they were written."""
 
 
 class Preempted(Exception):  # noqa: N818 (no error)
@@ -442,20 +447,32 @@ def from_yaml(schema: type[T], config: DictConfig | str) -> T:
     """A composed config, or the text of a saved ``config.yaml``, as ``schema``.
 
     ``${key}`` takes the value of another key. ``${oc.env:NAME}`` and every other resolver is refused: what it reads
-    from this machine (a secret, maybe) would be written to ``config.yaml`` and sent to W&B.
+    from this machine (a secret, maybe) would be written to ``config.yaml`` and sent to W&B. So is in a text what YAML
+    lets grow beyond all measure.
     """
     try:
+        if isinstance(config, str):
+            refuse_bombs(config)
         node = OmegaConf.create(config)
         for text in _texts(OmegaConf.to_container(node)):
             if found := _RESOLVER.search(text):
                 raise ConfigError(f"{found[0]}...}}: only ${{key}} is understood; let the shell put other values in")
         values = OmegaConf.to_container(node, resolve=True)
-    except (OmegaConfBaseException, YAMLError) as error:
+    except (OmegaConfBaseException, YAMLError, RecursionError) as error:
         raise ConfigError(_explain(error)) from None
     if isinstance(values, dict) and issubclass(schema, TrainConfig):
         values = schema.complete(values)
     result: T = _convert(schema, values, "")
     return result
+
+
+def refuse_bombs(text: str) -> None:
+    """Raises YAMLError for aliases: ten lines of them, each naming the one before nine times, are a thousand million
+    values, and ``to_yaml`` writes none."""
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        if isinstance(event, yaml.AliasEvent):
+            line = event.start_mark.line + 1
+            raise YAMLError(f"line {line}: *{event.anchor} repeats another value; write the value out")
 
 
 def to_yaml(config: Any) -> str:

@@ -3,6 +3,7 @@
 import fcntl
 import os
 import pwd
+import socket
 import stat
 import sys
 from contextlib import ExitStack
@@ -31,11 +32,18 @@ def claim_folder(run: Path, config: TrainConfig, stack: ExitStack) -> None:
             "reads the variable"
         )
     run.mkdir(parents=True, exist_ok=True)
-    lock = stack.enter_context((run / ".lock").open("w"))
+    lock = stack.enter_context((run / ".lock").open("a+"))
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it, however this process ends
     except OSError:
-        raise ConfigError(f"output={run}: another process trains here; wait for it or choose another folder") from None
+        lock.seek(0)
+        owner = f" ({found})" if (found := lock.read().strip()) else ""
+        raise ConfigError(
+            f"output={run}: another process{owner} trains here; wait for it or choose another folder"
+        ) from None
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    lock.flush()
     if latest_checkpoint(run / "checkpoints") is None:
         write_config(run, config)  # whatever was configured here before has trained nothing
     else:

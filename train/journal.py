@@ -11,7 +11,7 @@ from .checkpoint import TrainState
 from .config import TrainConfig
 from .environment import code_version
 from .meter import StepReport, relative_load
-from .metrics import EventLog, ExpertLoadFile, MetricsFile, Row, Terminal, append, finite, read_metrics
+from .metrics import EventLog, ExpertLoadFile, Lines, MetricsFile, Row, Terminal, finite, read_metrics
 from .wandb_log import WandbLog
 
 
@@ -50,8 +50,9 @@ class Journal:
         """The run stands at an earlier step now; the rows beyond it go to ``rolled_back.jsonl``."""
         if self._writes:
             rows = [row for row in read_metrics(self._run / "metrics.jsonl") if row["step"] > self._state.step]
+            left = Lines(self._run / "rolled_back.jsonl")
             for row in rows:
-                append(self._run / "rolled_back.jsonl", finite(row))
+                left.append(finite(row))
             self._open()
         self.warn(kind, text)
 

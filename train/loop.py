@@ -28,7 +28,7 @@ from ..model.transformer import Transformer
 from ..optim.groups import GroupRow, Optimizers
 from ..optim.schedule import Plan, Schedule
 from .anticipation import Feed, split_batch
-from .checkpoint import Processes, TrainState, latest_checkpoint, load_checkpoint, make_latest
+from .checkpoint import Processes, TrainState, load_checkpoint, load_newest, make_latest, set_aside
 from .checkpoint_writer import CheckpointWriter
 from .config import CheckpointError, ConfigError, PrecisionConfig, Preempted, TrainConfig
 from .dataset import Dataset, open_dataset
@@ -147,19 +147,21 @@ def train(config: TrainConfig) -> Path:
         held = processes.held(model, optimizers)
         feed = Feed(config, model, loader, schedule, processes, data.eos, device)
 
-        def resume() -> Path | None:
+        def resume() -> tuple[Path | None, list[str]]:
             """Takes up the newest checkpoint, if there is one: at the start of a process, and on the way back."""
             processes.first_does(lambda: drop_spiked(run))
-            newest = restore(run, model, optimizers, state, data, config.checkpoint.keep, writers, held)
+            newest, damaged = restore(run, model, optimizers, state, data, config.checkpoint.keep, writers, held)
             feed.load_state_dict(state.data, newest)
             guard.load(state.stability)
-            return newest
+            return newest, damaged
 
-        resumed = resume()
+        resumed, damaged = resume()
         processes.first_does(lambda: write_description(run, config, data))
 
         journal = Journal(run, config, state, schedule.total_steps, processes.first, stack)
         introduce(journal, config, optimizers, processes, data, resumed, state)
+        for text in damaged:
+            journal.warn("damaged", text)
         saver = stack.enter_context(
             CheckpointWriter(run / "checkpoints", config.checkpoint.keep, writers, config.checkpoint.asynchronous)
         )
@@ -322,13 +324,18 @@ def restore(
     keep: int,
     writers: Processes,
     held: Mapping[str, Sequence[int] | None],
-) -> Path | None:
-    """Loads the newest checkpoint, if there is one, and makes sure that it continues on the same data."""
-    newest = latest_checkpoint(run / "checkpoints")
-    if newest is None:
-        return None
+) -> tuple[Path | None, list[str]]:
+    """Loads the newest checkpoint, if there is one, and makes sure that it continues on the same data.
+
+    Returns:
+        the checkpoint; and on the first process, what it says of newer ones, which were damaged and set aside.
+    """
     fingerprint, base = state.fingerprint, state.base
-    load_checkpoint(newest, model, optimizers, state, writers, held)
+    newest, damaged = load_newest(
+        run / "checkpoints", lambda folder: load_checkpoint(folder, model, optimizers, state, writers, held)
+    )
+    if newest is None:
+        return None, []
     if state.base != base:
         raise CheckpointError(
             f"{newest}: was trained from other weights than those that are in model.pretrained now; "
@@ -339,9 +346,11 @@ def restore(
             f"{newest}: was trained on other data than {data.folders[0].folder}; "
             "give the same data, or another output to start a new run"
         )
-    if writers.rank == 0:
-        make_latest(newest, keep)
-    return newest
+    if writers.rank != 0:
+        return newest, []
+    told = [f"{line}, going on from {newest.name}" for line in set_aside(damaged)]
+    make_latest(newest, keep)
+    return newest, told
 
 
 class Validator:
@@ -394,7 +403,7 @@ def answer(
     feed: Feed,
     processes: Alone,
     journal: Journal,
-    resume: Callable[[], Path | None],
+    resume: Callable[[], tuple[Path | None, list[str]]],
 ) -> bool:
     """Does about a spike what the config says; whether the run stands at an earlier step now."""
     journal.warn("spike", str(spike))
@@ -406,8 +415,10 @@ def answer(
         journal.warn("spike", f"there is no checkpoint from before step {spike.onset} to go back to; the run goes on")
         return False
     processes.first_does(partial(guard.record, rollback))
-    resume()
+    _, damaged = resume()
     journal.go_back("rollback", str(rollback))
+    for text in damaged:
+        journal.warn("damaged", text)
     return True
 
 

@@ -7,11 +7,16 @@ events.jsonl       what happened: start, resume, stages, checkpoints, skipped st
 A run that was interrupted and resumed leaves the same metrics and loads as one that was not, but for what ``varies``.
 """
 
+import errno
 import json
 import math
+import os
+import sys
+import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
@@ -44,13 +49,13 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, step: int) -> None:
-        self.path = path
         found = read_metrics(path)
         self.reached = int(found[-1]["step"]) if found else 0
         _rewrite(path, [finite(row) for row in found if row["step"] <= step])
+        self._lines = Lines(path)
 
     def write(self, row: Row) -> None:
-        append(self.path, finite(row))
+        self._lines.append(finite(row))
 
 
 _LOAD_ROWS = 200
@@ -70,6 +75,7 @@ class ExpertLoadFile:
         self.path, self._stretch = path, 0
         kept = [row for row in read_lines(path) if row["step"] <= step]
         _rewrite(path, kept)
+        self._lines = Lines(path)
         self._last = int(kept[-1]["step"]) if kept else -1
 
     def write(self, step: int, load: Mapping[str, Sequence[float]]) -> None:
@@ -79,11 +85,12 @@ class ExpertLoadFile:
         while step > stretch * limit:
             stretch *= 2
         if stretch != self._stretch:
-            rows = [next(rows) for _, rows in groupby(read_lines(self.path), lambda row: row["step"] // stretch)]
-            _rewrite(self.path, rows)
-            self._stretch = stretch
+            with suppress(OSError):  # with the next row, then; what has no space grows by that one alone
+                rows = [next(rows) for _, rows in groupby(read_lines(self.path), lambda row: row["step"] // stretch)]
+                _rewrite(self.path, rows)
+                self._stretch = stretch
         if self._last < 0 or step // stretch > self._last // stretch:
-            append(self.path, {"step": step, "load": {name: [round(x, 2) for x in load[name]] for name in load}})
+            self._lines.append({"step": step, "load": {name: [round(x, 2) for x in load[name]] for name in load}})
             self._last = step
 
 
@@ -96,14 +103,14 @@ class EventLog:
     shortened: what was repeated after an interruption stands there twice."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self._lines = path, Lines(path)
         if path.exists() and not path.read_bytes().endswith(b"\n"):  # killed in the middle of a line
             with path.open("a") as file:
                 file.write("\n")
 
     def write(self, step: int, kind: str, text: str) -> None:
         time = datetime.now(UTC).isoformat(timespec="seconds")
-        append(self.path, {"time": time, "step": step, "kind": kind, "text": text})
+        self._lines.append({"time": time, "step": step, "kind": kind, "text": text})
 
     @contextmanager
     def closing(self, state: Stepping) -> Iterator[None]:
@@ -144,9 +151,41 @@ def finite(row: Mapping[str, float | int | None]) -> dict[str, float | int | Non
     return {key: value if value is not None and math.isfinite(value) else None for key, value in row.items()}
 
 
-def append(path: Path, row: Mapping[str, Any]) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+class Lines:
+    """Appends to a file of JSON lines, from any thread. A line that cannot be written stops nobody: it is kept, and
+    written before the next one for which the disk has room again, or is there again."""
+
+    MOST = 100_000  # lines kept: some 200 MB
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._lock = path, threading.Lock()
+        self._waiting: deque[str] = deque(maxlen=self.MOST)
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        with self._lock:
+            failed = len(self._waiting)
+            self._waiting.append(json.dumps(row) + "\n")
+            try:
+                self._write("".join(self._waiting))
+            except OSError as error:
+                if not failed:
+                    reason = f"cannot write ({error}); training goes on, lines are kept until they can be written"
+                    print(f"{self._path}: {reason}", file=sys.stderr, flush=True)
+                return
+            if failed:
+                print(f"{self._path}: {failed:,} lines that had waited are written", file=sys.stderr, flush=True)
+            self._waiting.clear()
+
+    def _write(self, text: str) -> None:
+        """All of it or nothing."""
+        file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            size, data = os.fstat(file).st_size, text.encode()
+            if os.write(file, data) < len(data):
+                os.ftruncate(file, size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            os.close(file)
 
 
 def _rewrite(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -38,7 +38,7 @@ from .checkpoint_writer import Snapshot, whole_snapshot
 from .config import ParallelConfig, StoppedElsewhere, TrainConfig
 from .context import ContextGroup
 from .dispatch import ExpertDispatcher, keep_experts, mark
-from .preflight import check_layout, gather_json, host_name, meet, preflight
+from .preflight import check_layout, gather_json, host_name, launched, meet, preflight
 from .watchdog import Watchdog
 
 T = TypeVar("T")
@@ -93,6 +93,7 @@ class Alone:
         Raises:
             PreflightError: they cannot train together, or not be saved.
         """
+        preflight(config, 0, 0, lambda value: [value], fingerprint)
 
     def first_does(self, function: Callable[[], T]) -> T | None:
         """What ``function`` returns in the first process; the others wait for it, and get None.
@@ -386,12 +387,6 @@ def start(config: TrainConfig, device: torch.device) -> Alone:
     world = int(os.environ["WORLD_SIZE"]) if launched() else 1
     check_layout(config, world)
     return Alone() if world == 1 else Together(config.parallel, config.seed, device)
-
-
-def launched() -> bool:
-    """Whether a launcher (torchrun, deepspeed, our own script for srun, ourselves) has started this process as one of
-    several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def _address() -> tuple[str, int]:

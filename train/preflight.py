@@ -15,6 +15,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import secrets
 import shutil
 import socket
@@ -29,8 +30,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..model.accounting import checkpoint_bytes
 from ..model.memory import Layout
+from .cluster import Cluster, GpuConfig
 from .config import ConfigError, TrainConfig, to_yaml
-from .planning import rows_per_step, why_indivisible
+from .planning import Placement, rows_per_step, stage_memory, why_indivisible
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +49,14 @@ MEET_SECONDS = 45.0
 # How long a file that another node has written may take to be seen: caches of network file systems.
 SEEN_SECONDS = 10.0
 _SHOWN = 6
+# What `training_memory` calls them.
+WEIGHTS = ("routed experts", "other weights")
+
+
+def launched() -> bool:
+    """Whether a launcher (torchrun, deepspeed, our own script for srun, ourselves) has started this process as one of
+    several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 class PreflightError(ConfigError):
@@ -77,6 +87,48 @@ def check_layout(config: TrainConfig, processes: int) -> None:
     for stage in config.stages:
         if reason := why_indivisible(config, stage, layout):
             raise ConfigError(f"stage {stage.name!r} on {processes} processes: parallel.{reason}")
+
+
+def check_memory(config: TrainConfig, processes: int, here: int) -> None:
+    """Refuses a run that the memory of this machine, swap included, cannot hold, before any of it is made.
+
+    One process on a CPU is taken for what `openv4 plan` expects of it, less the tenth by which that may be wrong. Of
+    others only what is certain counts: on CPUs the weights and optimizer state that all hold together, on GPUs the
+    weights, which are made in the CPU's memory.
+
+    Args:
+        processes: of the run; here: of them, those of this machine.
+
+    Raises:
+        ConfigError: with both sizes.
+    """
+    gpu = config.device != "cpu" and Path("/dev/nvidiactl").exists()
+    if gpu and config.pretrained:  # read straight into the GPU's memory
+        return
+    cpu = GpuConfig("this machine", None, 1, 1, 1, 1, 1, 1, 1, 1, "cpu")  # its rates are not asked for
+    machine = Cluster(cpu, 1, compute=config.precision.compute)
+    have = machine_memory()
+    for stage in config.stages:
+        rows = min(rows_per_step(stage), max(1, config.micro_batch_tokens // stage.sequence_length))
+        items = stage_memory(config, stage, machine, Placement(Layout(), rows, config.recompute))
+        certain = WEIGHTS if gpu else (*WEIGHTS, "optimizer state")
+        counted = [i for i in items if i.name in certain] if gpu or processes > 1 else items
+        needed = 0.9 * sum(item.bytes for item in counted) * here / processes
+        if needed > have:
+            raise ConfigError(
+                f"stage {stage.name!r} needs at least {_gb(needed)} of memory, this machine has {_gb(have)}; choose a "
+                "smaller model or fewer micro_batch_tokens (`openv4 plan` says what a run fits on)"
+            )
+
+
+def machine_memory() -> int:
+    """Bytes that this machine has, or the control group that this process is in; with its swap, where Linux tells."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit, about = Path("/sys/fs/cgroup/memory.max"), Path("/proc/meminfo")
+    if limit.exists() and (text := limit.read_text().strip()).isdigit():
+        memory = min(memory, int(text))
+    swap = re.search(r"SwapTotal: +(\d+) kB", about.read_text()) if about.exists() else None
+    return memory + (1024 * int(swap[1]) if swap else 0)
 
 
 def idle(config: TrainConfig, processes: int) -> list[str]:

@@ -18,7 +18,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from ..model.accounting import count_parameters
 from ..model.config import ModelConfig, ModelConfigError
-from .config import ConfigError, TrainConfig, from_yaml, leaves
+from .config import ConfigError, TrainConfig, from_yaml, leaves, refuse_bombs
 from .metrics import duration, read_lines
 
 Column = NDArray[np.float64]
@@ -84,8 +84,9 @@ class Record:
     @cached_property
     def config(self) -> dict[str, Any]:
         try:
+            refuse_bombs(self.config_text)
             values = OmegaConf.to_container(OmegaConf.create(self.config_text), resolve=False)
-        except (OmegaConfBaseException, YAMLError):
+        except (OmegaConfBaseException, YAMLError, RecursionError):
             return {}
         return {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
 
