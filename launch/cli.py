@@ -20,6 +20,7 @@ from ..train.config import (
     REQUEUE_EXIT,
     CheckpointError,
     ConfigError,
+    IntegrityError,
     Preempted,
     StoppedElsewhere,
     from_yaml,
@@ -59,7 +60,7 @@ COMMANDS = {
 
 # What users cause and can mend. Anything else is a fault of ours and keeps its traceback.
 USER_ERRORS = (ConfigError, ModelConfigError, DataError, WeightsError, CheckpointError, OSError)
-EXPECTED = (*USER_ERRORS, Preempted, StoppedElsewhere)
+EXPECTED = (*USER_ERRORS, IntegrityError, Preempted, StoppedElsewhere)
 
 
 def main() -> None:

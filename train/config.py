@@ -38,6 +38,10 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be written or read; the message names the file and the way out."""
 
 
+class IntegrityError(RuntimeError):
+    """Some process computes wrongly; the message names it, where it can be told, and the way out."""
+
+
 class Preempted(Exception):  # noqa: N818 (no error)
     """A signal has asked a run to stop, and it is saved; it goes on when the same command is started again."""
 
