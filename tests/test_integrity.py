@@ -257,7 +257,7 @@ def test_a_transient_fault_is_told_and_named(case: str, found: list[dict[str, An
 def test_a_persistent_fault_stops_all(found: list[dict[str, Any]]) -> None:
     (error, told), (other, also) = (rank["persistent"] for rank in found)
     assert error == other and told == also == []
-    assert error.startswith("step 0: rank 1 (host x) computed the same forward and backward pass three times with thr")
+    assert error.startswith("step 0: rank 1 (host x) computed the same forward and backward pass three times, with t")
     assert error.endswith("run the same command on other machines, it resumes from the last checkpoint")
 
 
