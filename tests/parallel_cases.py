@@ -11,11 +11,13 @@ from run_cases import plan
 from torch import Tensor
 
 from openv4.data.loader import Batch
+from openv4.model.outliers import MAXIMA
 from openv4.model.released import released_tensors
 from openv4.optim.config import AdamWConfig, OptimConfig
 from openv4.train.checkpoint import split_experts
 from openv4.train.config import ParallelConfig, PrecisionConfig
 from openv4.train.loop import StepReport, filled, split_batch, training_step
+from openv4.train.meter import over_processes
 from openv4.train.parallel import ALONE, Alone, Together
 from openv4.train.precision import apply_precision
 
@@ -105,7 +107,11 @@ def run(case: Case, processes: Alone, together: int = 1) -> dict[str, Tensor]:
         "norms": torch.stack([r.grad_norm for r in reports]),
         "loads": torch.stack([torch.stack(list(r.load.values())) for r in reports]),
         "update_rms": torch.stack(list(optimizers.update_rms().values())),
+        "residuals": torch.stack(list(optimizers.residuals().values())) if case.matrices == "muon" else torch.zeros(1),
     }
+    if case.context == 1:  # else one process has other rows in its first micro-batch than all together
+        found = over_processes(reports[0].statistics, processes)
+        result["maxima"] = torch.tensor([value for name, value in found.items() if name.startswith(MAXIMA)])
     if processes.world > 1:
         sent = [each.sent for each in (*processes.dispatchers, *processes.exchanges)]
         for kind in ("tokens", "results", "gradients", "weights"):
