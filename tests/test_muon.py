@@ -9,8 +9,14 @@ from newton_schulz_cases import hard_spectra, random, with_spectrum
 from torch import Tensor
 from torch.nn import Parameter
 
-from openv4.optim import muon as muon_module
-from openv4.optim.muon import NEWTON_SCHULZ_COEFFICIENTS, Muon, newton_schulz, newton_schulz_reference, residual
+from openv4.optim.muon import (
+    NEWTON_SCHULZ_COEFFICIENTS,
+    Muon,
+    newton_schulz,
+    newton_schulz_reference,
+    residual,
+    sample_rows,
+)
 
 
 def reference_newton_schulz(matrix: Tensor) -> Tensor:
@@ -267,24 +273,23 @@ def test_bad_parameters_are_refused() -> None:
 
 
 @pytest.mark.parametrize("shape", [(5, 8, 16), (3, 16, 16), (2, 1, 7)])
-def test_residual_is_that_of_its_vector(shape: tuple[int, ...]) -> None:
-    """Of O O^T - I, formed whole; another vector of each length, the same at every call and for every matrix."""
-    o = random(*shape).double()
-    identity = torch.eye(shape[1], dtype=torch.float64)
-    v = muon_module._signs(shape[1], torch.float64, torch.device("cpu"))
-    assert v.abs().eq(1).all() and len(v) == shape[1]
-    wanted = [((matrix @ matrix.mT - identity) @ v).square().sum() / shape[1] for matrix in o]
-    torch.testing.assert_close(residual(o), torch.stack(wanted))
+def test_residual_of_few_rows_is_exact(shape: tuple[int, ...]) -> None:
+    o = random(*shape).double() / 4
+    distance = o @ o.mT - torch.eye(shape[1], dtype=torch.float64)
+    torch.testing.assert_close(residual(sample_rows(o), shape[1]), distance.square().sum((1, 2)) / shape[1])
 
 
-def test_residual_estimates_the_distance_from_orthogonal() -> None:
-    """On average over 4000 matrices of one spectrum; the estimates of one scatter by a factor of about 2 / 8."""
-    values = torch.tensor([0.0, 0.5, 0.9, 1.0, 1.0, 1.0, 1.1, 1.3], dtype=torch.float64)
-    left, right = (torch.linalg.qr(random(4000, size, 8, seed=seed).double())[0] for seed, size in enumerate((8, 12)))
-    wanted = float((values.square() - 1).square().mean())
-    assert float(residual(left * values @ right.mT).mean()) == pytest.approx(wanted, rel=0.05)
-    assert float(residual(left @ right.mT).max()) < 1e-20
-    assert residual(torch.zeros(2, 4, 6)).tolist() == [1.0, 1.0]
+@pytest.mark.parametrize(("n", "values"), [(17, (0.0, 0.5, 1.0, 1.3)), (40, (0.0, 1.0)), (64, (0.9, 1.1))])
+def test_residual_estimates_the_distance_from_orthogonal(n: int, values: tuple[float, ...]) -> None:
+    """On average over 500 matrices of one spectrum; the estimate of one is off by a fifth or so."""
+    spectrum = torch.tensor(values, dtype=torch.float64).repeat(n)[:n]
+    left, right = (torch.linalg.qr(random(500, size, n, seed=size).double())[0] for size in (n, n + 3))
+    wanted = float((spectrum.square() - 1).square().mean())
+    found = residual(sample_rows(left * spectrum @ right.mT), n)
+    assert float(found.mean()) == pytest.approx(wanted, rel=0.03)
+    assert float(found.std()) < 0.4 * wanted
+    assert float(residual(sample_rows(left @ right.mT), n).max()) < 1e-20
+    assert residual(torch.zeros(2, 8, n), n).tolist() == [1.0, 1.0]
 
 
 def test_residuals_of_a_step() -> None:
