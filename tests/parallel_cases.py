@@ -107,8 +107,11 @@ def run(case: Case, processes: Alone, together: int = 1) -> dict[str, Tensor]:
         "norms": torch.stack([r.grad_norm for r in reports]),
         "loads": torch.stack([torch.stack(list(r.load.values())) for r in reports]),
         "update_rms": torch.stack(list(optimizers.update_rms().values())),
-        "residuals": torch.stack(list(optimizers.residuals().values())) if case.matrices == "muon" else torch.zeros(1),
     }
+    if case.matrices == "muon" and case.after < 1e-4:
+        # Not of matrices whose gradient is rounding, in part or, for low precision, in many matrices.
+        residuals = {group: value for group, value in optimizers.residuals().items() if group != "mHC projections"}
+        result["residuals"] = torch.stack(list(residuals.values()))
     if case.context == 1:  # else one process has other rows in its first micro-batch than all together
         found = over_processes(reports[0].statistics, processes)
         result["maxima"] = torch.tensor([value for name, value in found.items() if name.startswith(MAXIMA)])

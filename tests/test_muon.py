@@ -272,7 +272,7 @@ def test_bad_parameters_are_refused() -> None:
         Muon([Parameter(torch.ones(24, 8))], row_splits=(0, 24))
 
 
-@pytest.mark.parametrize("shape", [(5, 8, 16), (3, 16, 16), (2, 1, 7)])
+@pytest.mark.parametrize("shape", [(5, 8, 16), (3, 8, 8), (2, 1, 7)])
 def test_residual_of_few_rows_is_exact(shape: tuple[int, ...]) -> None:
     o = random(*shape).double() / 4
     distance = o @ o.mT - torch.eye(shape[1], dtype=torch.float64)

@@ -83,8 +83,10 @@ def test_equals_one_process(world: int, case: Case, found: dict[str, list[dict[s
         if name.startswith("gradient."):
             assert len(have) == 1, name  # one owner
             error, limit = max(0.0, error - 1e-7 * whole), case.first
-        elif name.startswith("model.") or name in ("update_rms", "residuals"):
+        elif name.startswith("model.") or name == "update_rms":
             limit *= 30 if case.matrices == "muon" else 3
+        elif name == "residuals":  # below 1e-3 for matrices of full rank, 1 for zeros
+            size, limit = 1.0, 3e-3
         if error > limit * size and not name.startswith(NOISE):
             wrong[name] = error / size
     assert not wrong, dict(list(wrong.items())[:6])
