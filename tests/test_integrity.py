@@ -267,6 +267,21 @@ def test_processes_that_share_tokens_are_named_together(found: list[dict[str, An
     assert "ranks 0 (host x) and 1 (host x) computed" in error and "(of processes that send each other tokens" in error
 
 
+def test_a_repetition_drops_the_same_elements_and_gives_random_numbers_back() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+    checks = IntegrityChecks(StabilityConfig(replay_every=1), model, Alone(), print)
+    state, drawn = torch.get_rng_state(), []
+
+    def loss() -> Tensor:
+        drawn.append(float(torch.rand(())))
+        return model(torch.ones(4, 8)).sum()  # type: ignore[no-any-return]
+
+    checks.before_step(0, loss)
+    assert drawn[0] == drawn[1] and len(drawn) == 2
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
 # Whole runs.
 
 
