@@ -24,6 +24,7 @@ from ..train.config import (
     CheckpointError,
     ConfigError,
     DivergedError,
+    IntegrityError,
     Preempted,
     StoppedElsewhere,
     from_yaml,
@@ -65,7 +66,7 @@ COMMANDS = {
 
 # What users cause and can mend. Anything else is a fault of ours and keeps its traceback.
 USER_ERRORS = (ConfigError, ModelConfigError, DataError, WeightsError, CheckpointError, DivergedError, OSError)
-EXPECTED = (*USER_ERRORS, Preempted, StoppedElsewhere)
+EXPECTED = (*USER_ERRORS, IntegrityError, Preempted, StoppedElsewhere)
 
 
 def main() -> None:

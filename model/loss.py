@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, V vocabulary, E experts.
 
 import itertools
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from ..kernels.hyper_connection import composite_gains
 from ..kernels.indexer_loss import IndexerLoss
 from .attention import AttentionTask, IndexerReport
 from .config import AttentionMode
+from .outliers import Outliers
 from .transformer import BlockReport, Transformer
 
 
@@ -49,7 +51,7 @@ class Losses:
     balance: Tensor  # sequence-wise balance loss times tokens, summed over layers
     indexer: IndexerLoss  # KL divergence of the indexers, nats, summed over tokens and CSA layers
     load: dict[str, Tensor]  # by block: [E] tokens per expert
-    statistics: dict[str, Tensor]  # 0-dim, detached; empty unless asked for
+    statistics: dict[str, Tensor]  # 0-dim, detached; empty unless asked for; means, but for `outliers.MAXIMA`
 
     def total(self, counts: Counts, mtp_weight: float, balance_weight: float, indexer_weight: float = 0.0) -> Tensor:
         """The scalar to differentiate: each sum over its count of the whole step (recipe 2.5, 3, 9)."""
@@ -95,10 +97,12 @@ def training_losses(
     """
     warmup = attention == "indexer_warmup"
     task = AttentionTask(attention, indexer or warmup, statistics)
+    outliers = Outliers()
     if statistics:
         model.gauge.start()
     with torch.set_grad_enabled(torch.is_grad_enabled() and not warmup):
-        output = model.run(tokens, segments, task=task, mtp=mtp and not warmup, experts=experts)
+        with outliers.watch(model) if statistics else nullcontext():
+            output = model.run(tokens, segments, task=task, mtp=mtp and not warmup, experts=experts)
         targets = model.part(shifted_targets(tokens, segments, 1, trained))
         main = linear_cross_entropy(model.hidden(output.streams), model.head.weight, targets)
         mtp_sum = main.new_zeros(())
@@ -108,6 +112,11 @@ def training_losses(
             mtp_sum = linear_cross_entropy(hidden, model.head.weight, targets)
     routing = {name: report.routing for name, report in output.reports.items()}
     indexers = [report.indexer for report in output.reports.values() if report.indexer is not None]
+    found: dict[str, Tensor] = {}
+    if statistics:
+        valid = model.part(segments >= 0)
+        found = summarize(output.reports, valid) | recall_statistics(indexers)
+        found |= outliers.maxima(valid) | model.gauge.take()
     zero = main.new_zeros(())
     columns = zip((zero, zero, zero.long()), *(report.loss for report in indexers), strict=True)
     return Losses(
@@ -116,9 +125,7 @@ def training_losses(
         torch.stack([r.balance for r in routing.values()]).sum(),
         IndexerLoss(*(torch.stack(column).sum() for column in columns)),
         {name: r.load for name, r in routing.items()},
-        summarize(output.reports, model.part(segments >= 0)) | recall_statistics(indexers) | model.gauge.take()
-        if statistics
-        else {},
+        found,
     )
 
 

@@ -177,7 +177,7 @@ class Optimizers:
         AdamW's is computed from its state, so that after a skipped step it is the one of the step before; Muon's is
         then 0. A group that has never had a gradient (Muon: that had none in the last step) is left out.
         """
-        found = {}
+        found: dict[str, tuple[Tensor, int] | None] = {}
         for group in (*ADAMW_GROUPS, *MUON_GROUPS):  # in every process the same, whatever it owns
             names = self.groups.get(group, [])
             if names and self._is_muons(group):
@@ -185,6 +185,19 @@ class Optimizers:
                 found[group] = self.muon.square_sum(*(self.parameters[name] for name in names))
             else:
                 found[group] = self._adamw_square_sum(names) if names else None
+        return self._root_means(found)
+
+    @torch.no_grad()
+    def residuals(self) -> dict[str, Tensor]:
+        """By group of Muon's matrices the root mean of `Muon.residual_sum` in the last step: 0-dim, on the device."""
+        found: dict[str, tuple[Tensor, int] | None] = {}
+        for group in MUON_GROUPS:
+            parameters = [self.parameters[name] for name in self.groups.get(group, [])]
+            found[group] = self.muon.residual_sum(*parameters) if self.muon is not None else None
+        return self._root_means(found)
+
+    def _root_means(self, found: Mapping[str, tuple[Tensor, int] | None]) -> dict[str, Tensor]:
+        """Roots of means, over all processes, from sums and counts of this one."""
         device = next((parameter.device for parameter in self.parameters.values()), None)
         empty = torch.zeros((), device=device)
         sums = torch.stack([empty if pair is None else pair[0].float() for pair in found.values()])

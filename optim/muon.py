@@ -25,6 +25,9 @@ __all__ = ["NEWTON_SCHULZ_COEFFICIENTS", "Muon", "momentum_dtype", "newton_schul
 # 10 to 15 % faster for 48 experts of 128 x 256.
 CPU_ELEMENTS_PER_THREAD = 2**17
 
+# Of each update so many rows are kept until the next step, for `residual`.
+SAMPLED_ROWS = 8
+
 
 class Muon(torch.optim.Optimizer):
     """Muon with decoupled weight decay and matched update RMS (DeepSeek-V4, Algorithm 1).
@@ -70,6 +73,7 @@ class Muon(torch.optim.Optimizer):
     ) -> None:
         self.max_elements = max_elements
         self._square_sums: dict[Tensor, list[Tensor]] = {}
+        self._sampled: dict[Tensor, list[tuple[int, Tensor]]] = {}  # by parameter: n, and rows [b, k, m], of each block
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -95,6 +99,7 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure: gradients are accumulated
         """Update every parameter that has a gradient, by the `lr` of its group."""
         self._square_sums.clear()
+        self._sampled.clear()
         stacks: defaultdict[_StackKey, list[_Block]] = defaultdict(list)
         for group in self.param_groups:
             hyper = _Hyper(group["lr"], group["momentum"], group["weight_decay"], group["update_rms"])
@@ -135,6 +140,19 @@ class Muon(torch.optim.Optimizer):
         square_sum = torch.cat([square_sum for p in moved for square_sum in self._square_sums[p]]).sum()
         return square_sum, sum(p.numel() for p in moved)
 
+    def residual_sum(self, *parameters: Tensor) -> tuple[Tensor, int] | None:
+        """How far the matrices of `parameters` were from semi-orthogonal in the last step: the sum over them of
+        `residual`, and their number. 0 if that step was skipped, None if none had a gradient."""
+        shapes: defaultdict[tuple[int, torch.Size], list[Tensor]] = defaultdict(list)
+        for n, rows in (block for parameter in parameters for block in self._sampled.get(parameter, ())):
+            shapes[n, rows.shape[1:]].append(rows)
+        if not shapes:
+            return None
+        found = torch.cat([residual(torch.cat(blocks), n) for (n, _), blocks in shapes.items()])
+        if self.found_inf is not None:
+            found = torch.where(self.found_inf.to(found.device) != 0, torch.zeros_like(found), found)
+        return found.sum(), len(found)
+
     def _capacity(self, key: _StackKey) -> int:
         """How many matrices one stack holds."""
         elements = key.shape[0] * key.shape[1]
@@ -171,6 +189,7 @@ class Muon(torch.optim.Optimizer):
         new_w = torch._foreach_mul([weight.to(key.dtype) for weight in weights], 1 - lr * decay)
         torch._foreach_add_(new_w, torch.split(o, sizes), alpha=-lr * scale)
         square_sums = (torch.linalg.matrix_norm(o) * scale).square()  # [b]
+        rows = sample_rows(o)
         if self.found_inf is None:
             torch._foreach_copy_(momenta, new_m)
             torch._foreach_copy_(weights, new_w)
@@ -179,13 +198,33 @@ class Muon(torch.optim.Optimizer):
             for old, new in zip(momenta + weights, [*new_m, *new_w], strict=True):
                 torch.where(skip, old, new.to(old.dtype), out=old)
             square_sums = torch.where(skip, torch.zeros_like(square_sums), square_sums)
-        for block, square_sum in zip(stack, torch.split(square_sums, sizes), strict=True):
+        parts = zip(stack, torch.split(square_sums, sizes), torch.split(rows, sizes), strict=True)
+        for block, square_sum, sampled in parts:
             self._square_sums.setdefault(block.parameter, []).append(square_sum)
+            self._sampled.setdefault(block.parameter, []).append((key.shape[0], sampled))
 
 
 def momentum_dtype(parameter: Tensor) -> torch.dtype:
     """The dtype of the parameter's momentum: float32, or wider if the parameter is."""
     return torch.promote_types(parameter.dtype, torch.float32)
+
+
+def sample_rows(matrices: Tensor) -> Tensor:
+    """A copy of up to `SAMPLED_ROWS` rows, at equal distances, of each of `[b, n, m]`."""
+    return matrices[:, :: max(1, matrices.shape[1] // SAMPLED_ROWS)][:, :SAMPLED_ROWS].clone()
+
+
+def residual(rows: Tensor, n: int) -> Tensor:
+    """An estimate, `[b]`, of |O O^T - I|^2 / n, the mean of (s^2 - 1)^2 over the singular values s of matrices O with
+    n rows: 0 where all are 1, 1 for a matrix of zeros.
+
+    `rows` `[b, k, m]` are some of each: their lengths should be 1, and products of two of them 0. Exact for k = n.
+    """
+    k = rows.shape[1]
+    products = torch.bmm(rows, rows.mT)
+    lengths = products.diagonal(dim1=1, dim2=2)
+    others = (products.square().sum((1, 2)) - lengths.square().sum(1)).clamp_min(0) / max(1, k * (k - 1)) * (n - 1)
+    return (lengths - 1).square().mean(1) + others
 
 
 class _Hyper(NamedTuple):

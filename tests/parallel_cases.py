@@ -11,12 +11,14 @@ from run_cases import plan
 from torch import Tensor
 
 from openv4.data.loader import Batch
+from openv4.model.outliers import MAXIMA
 from openv4.model.released import released_tensors
 from openv4.optim.config import AdamWConfig, OptimConfig
 from openv4.train.anticipation import filled, split_batch
 from openv4.train.checkpoint import split_experts
 from openv4.train.config import ParallelConfig, PrecisionConfig
 from openv4.train.loop import StepReport, training_step
+from openv4.train.meter import over_processes
 from openv4.train.parallel import ALONE, Alone, Together
 from openv4.train.precision import apply_precision
 
@@ -112,6 +114,13 @@ def run(case: Case, processes: Alone, together: int = 1) -> dict[str, Tensor]:
         "loads": torch.stack([torch.stack(list(r.load.values())) for r in reports]),
         "update_rms": torch.stack(list(optimizers.update_rms().values())),
     }
+    if case.matrices == "muon" and case.after < 1e-4:
+        # Not of matrices whose gradient is rounding, in part or, for low precision, in many matrices.
+        residuals = {group: value for group, value in optimizers.residuals().items() if group != "mHC projections"}
+        result["residuals"] = torch.stack(list(residuals.values()))
+    if case.context == 1:  # else one process has other rows in its first micro-batch than all together
+        found = over_processes(reports[0].statistics, processes)
+        result["maxima"] = torch.tensor([value for name, value in found.items() if name.startswith(MAXIMA)])
     if processes.world > 1:
         sent = [each.sent for each in (*processes.dispatchers, *processes.exchanges)]
         for kind in ("tokens", "results", "gradients", "weights"):

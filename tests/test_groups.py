@@ -273,6 +273,24 @@ def test_update_rms() -> None:
             assert value.item() == pytest.approx(0.18, rel=0.05)
 
 
+def test_residuals_are_root_means_over_the_matrices_of_a_group() -> None:
+    parameters = model()
+    optimizers = build_optimizers(parameters.items(), row_splits(), OptimConfig())
+    assert optimizers.residuals() == {}
+    fill_gradients(parameters, 0)
+    for name, parameter in parameters.items():
+        if ".experts." in name:
+            assert parameter.grad is not None
+            parameter.grad[0] = 0  # one expert of each stack has no token
+    optimizers.step(lr=0.01, found_inf=torch.zeros(()))
+    found = optimizers.residuals()
+    assert set(found) == set(optimizers.groups) & set(MUON_GROUPS) - {"indexer"}
+    for group, value in found.items():
+        stacked = next(parameters[name] for name in optimizers.groups[group])
+        wanted = (1 / len(stacked)) ** 0.5 if group == "routed experts" else 0.0
+        assert value.item() == pytest.approx(wanted, abs=0.005)
+
+
 def test_saved_state_continues_bitwise() -> None:
     parameters = model()
     optimizers = build_optimizers(parameters.items(), row_splits(), OptimConfig())

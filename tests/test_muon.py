@@ -9,7 +9,14 @@ from newton_schulz_cases import hard_spectra, random, with_spectrum
 from torch import Tensor
 from torch.nn import Parameter
 
-from openv4.optim.muon import NEWTON_SCHULZ_COEFFICIENTS, Muon, newton_schulz, newton_schulz_reference
+from openv4.optim.muon import (
+    NEWTON_SCHULZ_COEFFICIENTS,
+    Muon,
+    newton_schulz,
+    newton_schulz_reference,
+    residual,
+    sample_rows,
+)
 
 
 def reference_newton_schulz(matrix: Tensor) -> Tensor:
@@ -263,3 +270,40 @@ def test_bad_parameters_are_refused() -> None:
         Muon([("fn", Parameter(torch.ones(24, 8)))], row_splits=(4, 4))
     with pytest.raises(ValueError, match="row_splits"):
         Muon([Parameter(torch.ones(24, 8))], row_splits=(0, 24))
+
+
+@pytest.mark.parametrize("shape", [(5, 8, 16), (3, 8, 8), (2, 1, 7)])
+def test_residual_of_few_rows_is_exact(shape: tuple[int, ...]) -> None:
+    o = random(*shape).double() / 4
+    distance = o @ o.mT - torch.eye(shape[1], dtype=torch.float64)
+    torch.testing.assert_close(residual(sample_rows(o), shape[1]), distance.square().sum((1, 2)) / shape[1])
+
+
+@pytest.mark.parametrize(("n", "values"), [(17, (0.0, 0.5, 1.0, 1.3)), (40, (0.0, 1.0)), (64, (0.9, 1.1))])
+def test_residual_estimates_the_distance_from_orthogonal(n: int, values: tuple[float, ...]) -> None:
+    """On average over 500 matrices of one spectrum; the estimate of one is off by a fifth or so."""
+    spectrum = torch.tensor(values, dtype=torch.float64).repeat(n)[:n]
+    left, right = (torch.linalg.qr(random(500, size, n, seed=size).double())[0] for size in (n, n + 3))
+    wanted = float((spectrum.square() - 1).square().mean())
+    found = residual(sample_rows(left * spectrum @ right.mT), n)
+    assert float(found.mean()) == pytest.approx(wanted, rel=0.03)
+    assert float(found.std()) < 0.4 * wanted
+    assert float(residual(sample_rows(left @ right.mT), n).max()) < 1e-20
+    assert residual(torch.zeros(2, 8, n), n).tolist() == [1.0, 1.0]
+
+
+def test_residuals_of_a_step() -> None:
+    """Of tall and wide matrices, some with a gradient of 0; none for what has not moved, 0 for a skipped step."""
+    experts, tall, unused = Parameter(random(4, 16, 32)), Parameter(random(32, 16)), Parameter(random(8, 16))
+    muon = Muon([experts, tall, unused], lr=0.1)
+    experts.grad, tall.grad = random(4, 16, 32, seed=1), random(32, 16, seed=2)
+    experts.grad[1:3] = 0
+    muon.step()
+    assert muon.residual_sum(unused) is None
+    total, count = muon.residual_sum(experts, tall, unused) or (0, 0)
+    # Newton-Schulz leaves singular values within 0.0021 of 1: a square is within 0.0043, and that squared again.
+    assert count == 5 and float(total) == pytest.approx(2, abs=3 * 0.0043**2)
+    muon.found_inf = torch.ones(())
+    muon.step()
+    total, count = muon.residual_sum(experts, tall) or (1, 0)
+    assert (float(total), count) == (0, 5)

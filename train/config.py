@@ -43,6 +43,10 @@ class DamageError(CheckpointError):
     """A checkpoint whose files are no longer as they were written."""
 
 
+class IntegrityError(RuntimeError):
+    """Some process computes wrongly; the message names it, where it can be told, and the way out."""
+
+
 class Preempted(Exception):  # noqa: N818 (no error)
     """A signal has asked a run to stop, and it is saved; it goes on when the same command is started again."""
 
@@ -245,7 +249,7 @@ class StabilityConfig:
     anticipatory: Literal["never", "after_rollback", "always"] = "after_rollback"
     delay: int = 8
     period: int = 200
-    check_every: int = 100
+    check_every: int = 10
     replay_every: int = 0
 
     def __post_init__(self) -> None:

@@ -35,6 +35,7 @@ from .dataset import Dataset, open_dataset
 from .environment import code_version
 from .evaluation import Evaluation, evaluate, without_dropout
 from .folder import claim_folder, write_description
+from .integrity import IntegrityChecks
 from .journal import Journal
 from .meter import Meter, StepReport
 from .metrics import finite, plot_loss, read_metrics, summarize_rows, summary_table
@@ -103,6 +104,12 @@ def losses_of(model: Transformer, batch: Batch, counts: Counts, plan: Plan, stat
     return losses.total(counts, plan.mtp_weight, plan.balance_weight, plan.indexer_weight), losses
 
 
+def loss_alone(model: Transformer, batch: Batch, plan: Plan) -> Tensor:
+    """The scalar to differentiate of a micro-batch that is a step by itself."""
+    counts = Counts.of([batch.segments], [batch.trained])
+    return losses_of(model, batch, counts, plan, statistics=False)[0]
+
+
 @torch.no_grad()
 def update_router_biases(model: Transformer, load: dict[str, Tensor], speed: float, found_inf: Tensor) -> None:
     """Moves each expert's selection bias by ``speed`` towards the mean load (recipe 3; V3's form)."""
@@ -167,6 +174,7 @@ def train(config: TrainConfig) -> Path:
         )
         validator = Validator(config, data, device, processes)
         meter = Meter(config, device, processes)
+        checks = IntegrityChecks(config.stability, model, processes, journal.warn)
         where = config.precision, device
 
         at_step = stack.enter_context(processes.watched(journal.warn))
@@ -188,6 +196,7 @@ def train(config: TrainConfig) -> Path:
             micro_batches = split_batch(batch, config.micro_batch_tokens, device)
             at_step(state.step)
             processes.steps = state.step
+            checks.before_step(state.step, partial(loss_alone, model, micro_batches[0], plan))
             report = training_step(model, optimizers, micro_batches, plan, config.grad_clip, due, processes)
             state.step += 1
             state.tokens += plan.tokens

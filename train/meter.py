@@ -1,7 +1,7 @@
 """Rows of metrics from step reports; the only place of the training loop that waits for the device."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -11,12 +11,13 @@ from torch import Tensor
 from ..data.loader import Batch
 from ..model.accounting import training_flops_per_token
 from ..model.loss import Counts
+from ..model.outliers import MAXIMA
 from ..optim.groups import Optimizers
 from ..optim.schedule import Plan
 from .checkpoint import TrainState
 from .config import TrainConfig
 from .environment import peak_flops, peak_memory_gb
-from .metrics import Row
+from .metrics import Row, is_detail
 from .parallel import ALONE, Alone
 
 
@@ -109,15 +110,16 @@ class Meter:
         if compared:
             row |= {"attn/indexer_kl": kl / compared, "attn/indexer_kl_uniform": uniform / compared}
         if report.statistics:
-            # A mean over processes, but those whose part of the rows is padding alone have none.
-            values = torch.stack([value.float() for value in report.statistics.values()])
-            sums = self.processes.total(torch.stack((values.nan_to_num(), (~values.isnan()).float())))
-            row |= dict(zip(report.statistics, (sums[0] / sums[1]).tolist(), strict=True))
+            detail = self.config.logging.detail
+            kept = {name: value for name, value in report.statistics.items() if detail or not is_detail(name)}
+            row |= over_processes(kept, self.processes)
         if row.pop("attn/indexer_recall_tokens", 1) == 0:
             del row["attn/indexer_recall"]  # rows so short that the indexer takes all there is
-        row |= load_metrics(report.load)
+        row |= load_metrics(report.load, self.config.logging.detail)
         row |= dict(zip(peaks, most, strict=True))
         row |= {f"optim/update_rms/{g.replace(' ', '_')}": float(v) for g, v in optimizers.update_rms().items()}
+        residuals = optimizers.residuals().items()
+        row |= {f"optim/newton_schulz_residual/{g.replace(' ', '_')}": float(v) for g, v in residuals}
         row |= {f"system/{what}_seconds": seconds for what, seconds in self._aside.items()}
         elapsed = time.perf_counter() - self._since
         row["system/step_seconds"] = elapsed / self._steps
@@ -137,20 +139,35 @@ class Meter:
         return row
 
 
+def over_processes(statistics: Mapping[str, Tensor], processes: Alone) -> Row:
+    """Means over processes, or maxima of ``MAXIMA``. Processes whose part of the rows is padding alone have no mean
+    (NaN), and do not count."""
+    values = torch.stack([value.float() for value in statistics.values()])
+    known = ~values.isnan()
+    sums = processes.total(torch.stack((values.nan_to_num(), known.float())))
+    largest = processes.largest(values.where(known, -torch.inf))
+    means = zip(statistics, largest.tolist(), (sums[0] / sums[1]).tolist(), strict=True)
+    return {name: most if name.startswith(MAXIMA) else mean for name, most, mean in means}
+
+
 def relative_load(load: dict[str, Tensor]) -> dict[str, list[float]]:
     """Load of each expert over the mean of its block (1 = even), from tokens per expert."""
     return dict(zip(load, _relative(_counts(load)).tolist(), strict=True))
 
 
-def load_metrics(load: dict[str, Tensor]) -> Row:
-    """Largest and smallest load of an expert over the mean of its layer (1 = even), and experts without a token."""
+def load_metrics(load: dict[str, Tensor], detail: bool = False) -> Row:
+    """Largest and smallest load of an expert over the mean of its layer (1 = even), and experts without a token; with
+    ``detail`` also those of each layer."""
     if not load:
         return {}
     counts = _counts(load)
     relative = _relative(counts)
     row: Row = {f"moe/load_max/{name}": float(value) for name, value in zip(load, relative.amax(1), strict=True)}
     row |= {"moe/load_max": float(relative.max()), "moe/load_mean": float(counts.mean())}
-    row |= {"moe/load_min": float(relative.min()), "moe/dead_experts": int((counts == 0).sum())}
+    dead = (counts == 0).sum(1)
+    row |= {"moe/load_min": float(relative.min()), "moe/dead_experts": int(dead.sum())}
+    if detail:
+        row |= {f"moe/dead_experts/{name}": int(value) for name, value in zip(load, dead, strict=True)}
     return row
 
 

@@ -30,7 +30,7 @@ from rich.table import Table
 from .config import Preempted
 from .secret import redacted
 
-GROUPS = ("train", "validation", "data", "moe", "attn", "mhc", "optim", "stability", "system")
+GROUPS = ("train", "validation", "data", "moe", "attn", "mhc", "optim", "precision", "stability", "system")
 
 Row = dict[str, float | int]
 
@@ -38,6 +38,11 @@ Row = dict[str, float | int]
 def varies(key: str) -> bool:
     """Whether a metric tells of time or memory, which differ between two runs of the same training."""
     return key.startswith("system/") or key in ("train/tokens_per_second", "train/mfu")
+
+
+def is_detail(key: str) -> bool:
+    """Whether a statistic is that of one block: ``moe/activation_max/layers.3``."""
+    return key.count("/") > 1
 
 
 class MetricsFile:

@@ -50,12 +50,14 @@ class Alone:
     Attributes:
         steps: of the optimizer that the run has done, for what must be random anew in each and the same when repeated.
         dispatchers: what brings tokens to experts, one a layer; exchanges: what brings gradients to owners.
+        before_update: what many processes do before the next update of weights, besides it.
     """
 
     rank, world, expert, context = 0, 1, 1, 1
     steps = 0
     dispatchers: Sequence[ExpertDispatcher] = ()
     exchanges: Sequence[Exchange] = ()
+    before_update: Callable[[], None] | None = None
 
     @property
     def replicas(self) -> int:
@@ -82,6 +84,10 @@ class Alone:
     def any(self, mark: object) -> bool:
         """Whether ``mark`` is true in any process."""
         return bool(mark)
+
+    def everywhere(self, value: Any) -> list[Any]:
+        """What each process gives, by rank; anything that JSON can hold."""
+        return [value]
 
     def agree(self, text: str) -> str:
         """The first text that is not empty, of those that the processes give, in the order of their ranks."""
@@ -199,15 +205,17 @@ class Together(Alone):
         dist.all_reduce(marked, dist.ReduceOp.MAX, group=self._control)
         return bool(marked)
 
+    def everywhere(self, value: Any) -> list[Any]:
+        return gather_json(value, group=self._control)
+
     def agree(self, text: str) -> str:
         if not self.any(text):
             return ""
-        found: str = next(text for text in gather_json(text, group=self._control) if text)
+        found: str = next(text for text in self.everywhere(text) if text)
         return found
 
     def preflight(self, config: TrainConfig, fingerprint: str) -> None:
-        gather = partial(gather_json, group=self._control)
-        preflight(config, self.rank, int(os.environ.get("LOCAL_RANK", "0")), gather, fingerprint)
+        preflight(config, self.rank, int(os.environ.get("LOCAL_RANK", "0")), self.everywhere, fingerprint)
 
     def first_does(self, function: Callable[[], T]) -> T | None:
         result, error = None, None
@@ -252,6 +260,8 @@ class Together(Alone):
             yield watchdog.step
 
     def step(self, optimizers: Optimizers, lr: float, found_inf: Tensor) -> None:
+        if self.before_update is not None:
+            self.before_update()
         if self._client is None:
             optimizers.step(lr, found_inf)  # steps the engine
         else:
