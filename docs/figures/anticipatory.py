@@ -41,18 +41,18 @@ RESULTS = ROOT / "docs" / "results"
 
 SEEDS = range(5)
 DELAYS = (2, 8, 32)
-VOCABULARY, ROW, BATCH = 512, 64, 512
-START, STEPS = 120, 260  # where the arms part; all steps
-BURST, FACTOR = range(140, 144), 60.0  # steps, from 0, whose learning rate is so many times what it should be
+VOCABULARY, ROW, BATCH = 512, 64, 256
+START, STEPS = 80, 200  # where the arms part; all steps
+BURST, FACTOR = range(100, 104), 100.0  # steps, from 0, whose learning rate is so many times what it should be
 ARMS = {"undisturbed": "never", "rollback": "never"} | {f"delay {delay}": "after_rollback" for delay in DELAYS}
 
 COMMON = [
     "run=smoke",
     "model=nano",
     f"model.vocab_size={VOCABULARY}",
-    "model.hidden_size=48",
-    "model.num_hidden_layers=3",
-    "model.compress_ratios=[0,4,16,0]",
+    "model.hidden_size=32",
+    "model.num_hidden_layers=2",
+    "model.compress_ratios=[4,16,0]",
     "model.num_hash_layers=0",
     f"micro_batch_tokens={BATCH}",
     "threads=1",
@@ -220,7 +220,7 @@ def table(found: dict[str, Any]) -> str:
     return f"""# Spikes and anticipatory routing on a small model
 
 Written by `python -P docs/figures/anticipatory.py`; all numbers are in `anticipatory.json`. {len(SEEDS)} seeds of a
-model with three layers of eight experts, {STEPS} steps of {BATCH} tokens. The learning rate of {burst} is
+model with two layers of eight experts, {STEPS} steps of {BATCH} tokens. The learning rate of {burst} is
 {FACTOR:.0f} times what it should be, and again after the way back.
 
 ## False alarms
@@ -256,7 +256,7 @@ def draw(found: dict[str, Any]) -> None:
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for arm, values in found["arms"].items():
         curve = [mean(losses) for losses in zip(*values["curves"], strict=True)]
-        axes.plot(range(100, STEPS), curve[100:], label=arm, linewidth=1)
+        axes.plot(range(60, STEPS), curve[60:], label=arm, linewidth=1)
     axes.set(xlabel="step", ylabel="training loss, nats per token", title=f"Mean of {len(SEEDS)} seeds")
     axes.legend()
     figure.savefig(RESULTS / "anticipatory.png", dpi=120)
