@@ -1,4 +1,4 @@
-"""The comparison of training with SwiGLU's clamp and without (docs/figures/swiglu_clamp.py): its parts, and its results."""
+"""Training with SwiGLU's clamp and without (docs/figures/swiglu_clamp.py): the script's parts, and its results."""
 
 import json
 import runpy
@@ -21,7 +21,7 @@ def script() -> dict[str, Any]:
 
 
 def test_a_copy_goes_on_alike_and_outliers_meet_the_clamp(script: dict[str, Any], small_data: Path) -> None:
-    """Bit for bit, on the same data; what is put in reaches the clamp, which bounds the product by its limit squared."""
+    """Bit for bit, on the same data; the clamp bounds what the outliers make by its limit squared."""
     data = PreparedData(small_data)
     peaks = {}
     for arm, limit in script["ARMS"].items():
@@ -44,11 +44,11 @@ def test_a_copy_goes_on_alike_and_outliers_meet_the_clamp(script: dict[str, Any]
 
 def test_steps_to_recover(script: dict[str, Any]) -> None:
     steps = script["steps_to_recover"]
-    assert steps([0.0] * 10) == 0
-    assert steps([1.0] * 3 + [0.0] * 10) == 3
-    assert steps([0.0, 0.0] + [1.0] * 3 + [0.0] * 10) == 5  # the excess may begin later
-    assert steps([1.0] * 3 + [0.0] * 10 + [1.0]) is None
-    assert steps([float("nan")] * 8) is None
+    assert steps([0.0] * 10, 0.05) == 0
+    assert steps([1.0] * 3 + [0.0] * 10, 0.05) == 3
+    assert steps([0.0, 0.0] + [1.0] * 3 + [0.0] * 10, 0.05) == 5  # the excess may begin later
+    assert steps([1.0] * 3 + [0.0] * 10 + [1.0], 0.05) is None
+    assert steps([float("nan")] * 8, 0.05) is None
 
 
 def test_the_published_table_is_that_of_the_published_numbers(script: dict[str, Any]) -> None:

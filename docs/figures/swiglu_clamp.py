@@ -9,7 +9,8 @@ the learning rate. Source: recipe 3; DeepSeek-V4 clamps gate and up projections 
 
 The pass lines, set before the first run. Disturbed: the clamped arm recovers in at most half the steps of the other, or
 never diverges where the other does in three of five seeds. Undisturbed: the 95 % confidence interval of the paired
-difference of validation losses covers 0 and its half-width is below 0.01 nats.
+difference of validation losses covers 0 and its half-width is below 0.01 nats. Added after it, because nothing that was
+undisturbed came near 10 and nothing disturbed came back to 0.05 nats: the time to 0.25 nats, and a clamp at 2.
 """
 
 import copy
@@ -49,6 +50,7 @@ RUNS = ROOT / "runs" / "swiglu_clamp"
 RESULTS = ROOT / "docs" / "results"
 
 ARMS = {"clamp": 10.0, "none": 1e9}  # model.swiglu_limit
+TIGHT = {"clamp at 2": 2.0}  # undisturbed, at the higher rate
 SEEDS = (0, 1, 2, 3, 4)
 STUDENT_T = 2.776  # two-sided 95 %, four degrees of freedom
 RATES = (6.0e-3, 2.4e-2)  # that of the run `smoke`, and four times as much
@@ -59,7 +61,8 @@ STEPS, AT = 240, 120
 DISTURBANCES = ("outliers", "burst")
 LAYER, COLUMNS, SCALE = 1, 2, 30.0  # of every expert of a layer, so many columns of gate and up
 BURST, BURST_STEPS = 8.0, 10
-WITHIN, OVER = 0.05, 5  # recovered: so many nats above the twin at most, from then on, as a mean over so many steps
+# Recovered: so many nats above the twin at most, from then on, as a mean over so many steps. The second was added.
+WITHIN, OVER = (0.05, 0.25), 5
 DIVERGED = 1.0  # nats above the twin in the last steps
 
 SETTINGS = [
@@ -81,7 +84,7 @@ def config_of(arm: str, rate: float, seed: int) -> TrainConfig:
         f"lr_end: {rate / 10}, lr_shape: cosine, warmup_steps: 20, attention: dense, mtp_weight: 0.0, "
         "bias_speed: 0.02}"
     )
-    return load_config([*SETTINGS, f"stages=[{stage}]", f"model.swiglu_limit={ARMS[arm]}", f"seed={seed}"])
+    return load_config([*SETTINGS, f"stages=[{stage}]", f"model.swiglu_limit={(ARMS | TIGHT)[arm]}", f"seed={seed}"])
 
 
 class Run:
@@ -169,7 +172,7 @@ def largest_activations(model: nn.Module) -> Iterator[list[tuple[float, float]]]
 
 def measure_one(arm: str, rate: float, seed: int) -> dict[str, Any]:
     """A run and, at the lower rate, its disturbed copies; kept in a file."""
-    file = RUNS / f"{arm}_{rate:g}_{seed}.json"
+    file = RUNS / f"{arm.replace(' ', '_')}_{rate:g}_{seed}.json"
     if file.exists():
         kept: dict[str, Any] = json.loads(file.read_text())
         return kept
@@ -193,7 +196,7 @@ def disturbed(found: dict[str, Any], name: str) -> dict[str, Any]:
     rows, twin = found[name], found["twin"][AT:]
     excess = [mine[0] - other[0] for mine, other in zip(rows, twin, strict=True)]
     return {
-        "steps_to_recover": steps_to_recover(excess),
+        "steps_to_recover": [steps_to_recover(excess, within) for within in WITHIN],
         "diverged": not mean(excess[-OVER:]) < DIVERGED,
         "excess_at_the_end": mean(excess[-OVER:]),
         "peak_excess": max(excess),
@@ -202,10 +205,10 @@ def disturbed(found: dict[str, Any], name: str) -> dict[str, Any]:
     }
 
 
-def steps_to_recover(excess: Sequence[float]) -> int | None:
-    """Steps before the first from which on every mean over ``OVER`` steps is at most ``WITHIN``."""
+def steps_to_recover(excess: Sequence[float], within: float) -> int | None:
+    """Steps before the first from which on every mean over ``OVER`` steps is at most ``within``."""
     means = [mean(excess[i : i + OVER]) for i in range(len(excess) - OVER + 1)]
-    above = [i for i, value in enumerate(means) if not value <= WITHIN]  # NaN is above
+    above = [i for i, value in enumerate(means) if not value <= within]  # NaN is above
     first = above[-1] + 1 if above else 0
     return first if first < len(means) else None
 
@@ -218,7 +221,7 @@ def interval(differences: Sequence[float]) -> tuple[float, float]:
 
 def measure() -> list[dict[str, Any]]:
     ensure_prepared(KING_JAMES, RUNS / "data", VOCABULARY, 0)
-    jobs = list(product(ARMS, RATES, SEEDS))
+    jobs = [*product(ARMS, RATES, SEEDS), *product(TIGHT, RATES[1:], SEEDS)]
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         return list(pool.map(measure_one, *zip(*jobs, strict=True)))
 
@@ -230,22 +233,22 @@ def summarize(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for name in DISTURBANCES:
         arms = {arm: [disturbed(by[arm, RATES[0], seed], name) for seed in SEEDS] for arm in ARMS}
         found["disturbed"][name] = arms
-    for rate in RATES:
-        losses = {arm: [by[arm, rate, seed]["validation_loss"] for seed in SEEDS] for arm in ARMS}
-        differences = [a - b for a, b in zip(losses["clamp"], losses["none"], strict=True)]
-        middle, half = interval(differences)
-        largest = {arm: [max(r[3] for r in by[arm, rate, seed]["twin"]) for seed in SEEDS] for arm in ARMS}
-        found["undisturbed"][f"{rate:g}"] = {
-            "loss": losses,
-            "largest_input_of_the_clamp": largest,
+    for arm, rate in (*product(("clamp",), RATES), *product(TIGHT, RATES[1:])):
+        losses = [[by[one, rate, seed]["validation_loss"] for seed in SEEDS] for one in (arm, "none")]
+        middle, half = interval([a - b for a, b in zip(*losses, strict=True)])
+        found["undisturbed"][f"{arm}, {rate:g}"] = {
+            "limit": (ARMS | TIGHT)[arm],
+            "loss": losses[0],
+            "loss_without": losses[1],
+            "largest_input_without": [max(row[3] for row in by["none", rate, seed]["twin"]) for seed in SEEDS],
             "difference": middle,
             "half_width": half,
             "holds": abs(middle) <= half < 0.01 or middle == half == 0,
         }
     found["curves"] = {
         arm: {
-            "twin": [row[:3] for row in by[arm, RATES[0], 0]["twin"]],
-            **{name: [row[:3] for row in by[arm, RATES[0], 0][name]] for name in DISTURBANCES},
+            name: [[round(value, 4) for value in row[:3]] for row in by[arm, RATES[0], 0][name]]
+            for name in ("twin", *DISTURBANCES)
         }
         for arm in ARMS
     }
@@ -254,14 +257,15 @@ def summarize(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def verdict(arms: dict[str, list[dict[str, Any]]]) -> str:
     """Of the first pass line."""
-    steps = {arm: median(outcome_steps(one) for one in ones) for arm, ones in arms.items()}
+    steps = {arm: median(recovery(ones, 0)) for arm, ones in arms.items()}
     diverged = {arm: sum(one["diverged"] for one in ones) for arm, ones in arms.items()}
-    holds = steps["clamp"] <= steps["none"] / 2 or (diverged["clamp"] == 0 and diverged["none"] >= 3)
-    return "holds" if holds and steps["none"] > 0 else "does not hold"
+    sooner = steps["clamp"] < math.inf and steps["clamp"] <= steps["none"] / 2 and steps["none"] > 0
+    return "holds" if sooner or (diverged["clamp"] == 0 and diverged["none"] >= 3) else "does not hold"
 
 
-def outcome_steps(one: dict[str, Any]) -> float:
-    return math.inf if one["steps_to_recover"] is None else float(one["steps_to_recover"])
+def recovery(ones: Sequence[dict[str, Any]], line: int) -> list[float]:
+    """Of each seed the steps, infinity for never."""
+    return [math.inf if one["steps_to_recover"][line] is None else one["steps_to_recover"][line] for one in ones]
 
 
 # The table and the figure.
@@ -280,37 +284,38 @@ def table(found: dict[str, Any]) -> str:
         f"## Disturbed after {AT} steps, learning rate {RATES[0]:g}",
         "",
         f"Outliers: in layer {LAYER}, {COLUMNS} columns of gate and up of every expert times {SCALE:g}. Burst: "
-        f"{BURST_STEPS} steps at {BURST:g} times the learning",
-        f"rate. Recovered: on the same batches at most {WITHIN} nats above the undisturbed twin, from then on, in the "
-        f"mean over {OVER} steps.",
-        "Medians, and each seed.",
+        f"{BURST_STEPS} steps at {BURST:g} times the",
+        "learning rate. Steps until the loss is at most so many nats above that of the undisturbed twin on the same",
+        f"batches, from then on, in the mean over {OVER} steps; never: not in the {STEPS - AT} steps that were left. "
+        "Median (each seed).",
         "",
-        "| | | steps to recover | diverged | largest excess loss, nats | largest activation | largest gradient norm |",
-        "|---|---|---|---|---|---|---|",
+        f"| | | steps to {WITHIN[0]} | steps to {WITHIN[1]} | diverged | largest excess, nats | excess at the end | "
+        "largest activation | largest gradient norm |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for (name, arms), arm in product(found["disturbed"].items(), ARMS):
         ones = arms[arm]
-        cells = [each([one[key] for one in ones]) for key in ("peak_excess", "peak_activation", "peak_grad_norm")]
-        diverged = f"{sum(one['diverged'] for one in ones)} of {len(ones)}"
-        lines.append(
-            f"| {name} | {arm} | {each([outcome_steps(one) for one in ones])} | {diverged} | {' | '.join(cells)} |"
-        )
+        cells = [each(recovery(ones, line)) for line in range(len(WITHIN))]
+        cells.append(f"{sum(one['diverged'] for one in ones)} of {len(ones)}")
+        keys = ("peak_excess", "excess_at_the_end", "peak_activation", "peak_grad_norm")
+        cells += [each([one[key] for one in ones]) for key in keys]
+        lines.append(f"| {name} | {arm} | {' | '.join(cells)} |")
     lines += ["", *(f"- {name}: the line {verdict(arms)}." for name, arms in found["disturbed"].items()), ""]
     lines += [
         "## Undisturbed",
         "",
-        "Nats per token on the whole validation split; the largest gate or magnitude of up that came to the clamp in "
-        "training.",
+        "Nats per token on the whole validation split, mean over the seeds; difference with its 95 % confidence",
+        "interval; the largest gate or magnitude of up in training without clamp: what a clamp would have met.",
         "",
-        "| lr | loss with clamp | loss without | difference, 95 % | largest input, without clamp | |",
+        "| | loss with it | loss without | difference | largest input | |",
         "|---|---|---|---|---|---|",
     ]
-    for rate, values in found["undisturbed"].items():
-        losses = [f"{mean(values['loss'][arm]):.4f}" for arm in ARMS]
+    for name, values in found["undisturbed"].items():
+        met = "" if max(values["largest_input_without"]) > values["limit"] else ", for it is never met"
         lines.append(
-            f"| {rate} | {' | '.join(losses)} | {values['difference']:+.5f} +- {values['half_width']:.5f} | "
-            f"{each(values['largest_input_of_the_clamp']['none'])} | "
-            f"the line {'holds' if values['holds'] else 'does not hold'} |"
+            f"| {name} | {mean(values['loss']):.4f} | {mean(values['loss_without']):.4f} | "
+            f"{values['difference']:+.4f} +- {values['half_width']:.4f} | {each(values['largest_input_without'])} | "
+            f"the line {'holds' if values['holds'] else 'does not hold'}{met} |"
         )
     return "\n".join(lines) + "\n"
 
