@@ -45,8 +45,6 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, Protocol
 
-import deepspeed  # noqa: F401 (else every child would import it)
-import matplotlib.pyplot  # noqa: F401
 import numpy as np
 import torch
 from rich.console import Console
@@ -75,7 +73,6 @@ LIMIT = 300.0  # seconds after which a process counts as hanging
 FAILURES = 10  # so many, and the soak ends
 
 Rows = list[Any]  # of a step: of each row the pieces of documents in it
-Notes = dict[int, dict[tuple[int, int], Rows]]  # by step, then by rank and number of processes
 
 
 @dataclass
@@ -102,26 +99,41 @@ class Tally:
             setattr(self, what, getattr(self, what) + count)
             self.problems.append(f"{what} {count}: {where}")
 
-    def lines(self) -> list[tuple[str, str]]:
-        parts = [", ".join(f"{n:,} {name}" for name, n in sorted(c.items())) for c in (self.kills, self.victims)]
-        times = {how: (mean(times), max(times)) for how, times in sorted(self.recovery.items())}
-        return [
-            ("kills", f"{self.kills.total():,}"),
-            ("by what they hit", parts[0]),
-            ("by what was killed", parts[1]),
-            ("starts", f"{self.starts:,}"),
-            ("runs that came to their end, compared", f"{self.runs:,}"),
-            ("checkpoints looked at after kills", f"{self.checkpoints:,}"),
-            ("unloadable checkpoints", f"{self.unloadable:,}"),
-            ("`latest` wrong, or a checkpoint gone", f"{self.latest_wrong:,}"),
-            ("files with other bits", f"{self.files_differing:,}"),
-            ("rows of metrics that differ", f"{self.rows_differing:,}"),
-            ("samples that went into steps", f"{self.samples:,}"),
-            ("samples lost", f"{self.samples_lost:,}"),
-            ("samples repeated", f"{self.samples_repeated:,}"),
-            ("starts that failed or hung", f"{self.failed:,}"),
-            *((f"start to first step, {how}", f"mean {m:.2f} s, longest {x:.2f} s") for how, (m, x) in times.items()),
-        ]
+    def result(self) -> dict[str, Any]:
+        """As JSON."""
+        times = {
+            how: {"starts": len(seconds), "mean": mean(seconds), "longest": max(seconds)}
+            for how, seconds in sorted(self.recovery.items())
+        }
+        return {**vars(self), "recovery": times}
+
+
+def lines(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """What a person reads of ``Tally.result``."""
+    parts = [", ".join(f"{name}: {n:,}" for name, n in sorted(found[key].items())) for key in ("kills", "victims")]
+    counts = {
+        "starts": "starts",
+        "runs": "runs that came to their end, compared",
+        "checkpoints": "checkpoints looked at after kills",
+        "unloadable": "unloadable checkpoints",
+        "latest_wrong": "`latest` wrong, or a checkpoint gone",
+        "files_differing": "files with other bits",
+        "rows_differing": "rows of metrics that differ",
+        "samples": "samples that went into steps",
+        "samples_lost": "samples lost",
+        "samples_repeated": "samples repeated",
+        "failed": "starts that failed or hung",
+    }
+    return [
+        ("kills", f"{sum(found['kills'].values()):,}"),
+        ("by what they hit", parts[0]),
+        ("by processes of the run", parts[1]),
+        *((text, f"{found[key]:,}") for key, text in counts.items()),
+        *(
+            (f"start to first step, {how}", f"mean {s['mean']:.2f} s, longest {s['longest']:.2f} s, of {s['starts']:,}")
+            for how, s in found["recovery"].items()
+        ),
+    ]
 
 
 # Processes.
@@ -246,6 +258,7 @@ class Course:
     first_step: float = 0.0  # 0: there was none
     saves: dict[str, list[float]] = field(default_factory=dict)  # begin and end, as far as seen
     end: float = 0.0
+    steps: int = 0  # that it made, if it came to the run's end
     codes: list[int | None] = field(default_factory=list)
 
 
@@ -268,7 +281,7 @@ class Soak:
         prepare.start()
         prepare.join()
         self.data = scratch / "prepared"
-        self._courses: dict[tuple[int, bool], Course] = {}  # of runs without kills
+        self._courses: dict[tuple[int, bool], Course] = {}  # the last that was not killed
         self._references: dict[int, Reference] = {}
         for count in sorted({count for kind in kinds for count in kind}):
             folder = self._without_kills(count, real=False)
@@ -299,14 +312,14 @@ class Soak:
             number += 1
             self.tally.starts += 1
             if course.first_step:
-                self.tally.recovery.setdefault(f"{count} {'by command' if real else 'forked'}", []).append(
-                    course.first_step
-                )
+                how = f"{count} {'by command' if real else 'forked'}"
+                self.tally.recovery.setdefault(how, []).append(course.first_step)
             if killed := bool(hit):
                 self.tally.kills[hit] += 1
                 self.tally.victims[name] += 1
                 newest = self._inspect(folder / "run", kind, newest)
             show(self.tally)
+        self._learn(count, real, course, self.steps - newest)
         if any(course.codes):
             said = (folder / f"log_{number - 1}").read_text().strip().splitlines()[-1:]
             self.tally.found("failed", 1, f"{folder}, start {number}: exit codes {course.codes}, {said}")
@@ -316,10 +329,16 @@ class Soak:
         if not real:
             self._compare_samples(folder / "notes")
 
+    def _learn(self, count: int, real: bool, course: Course, steps: int) -> None:
+        """How long things take just now, on a machine that may have other work; of a start that was not killed."""
+        if course.first_step and course.saves:
+            course.steps = steps
+            self._courses[count, real] = course
+
     def _moment(self, newest: int, count: int, real: bool) -> Moment:
         course = self._courses[count, real]
         lasted = sorted(end - begin for begin, end in course.saves.values())
-        step = (course.end - course.first_step) / self.steps
+        step = (course.end - course.first_step) / course.steps
         where = self._rng.randrange(4)
         if where == 0:
             return Moment(self._rng.uniform(0, course.first_step + step * (self.steps - newest)))
@@ -367,7 +386,7 @@ class Soak:
         finally:
             processes.kill([0.0, self._rng.uniform(0, 0.02)])
             wait_until_free(run)
-        course.codes = codes if any(codes) or kill_at == LIMIT else processes.codes()
+        course.codes = codes if any(codes) else processes.codes()
         if any(codes) or kill_at == LIMIT or -signal.SIGKILL not in course.codes:
             return course, ""
         if (checkpoints / f"step_{self.steps}").exists():
@@ -381,7 +400,7 @@ class Soak:
         (folder / "notes").mkdir(parents=True)
         course, _ = self._start(folder, 0, count, real, 0, (*MANNERS[0], f"checkpoint.keep={self.steps}"), None)
         assert not any(course.codes), f"the run without kills failed: {(folder / 'log_0').read_text()}"
-        self._courses[count, real] = course
+        self._learn(count, real, course, self.steps)
         return folder
 
     # What must hold.
@@ -515,6 +534,9 @@ def pieces(given: Rows) -> Counter[tuple[int, ...]]:
 
 def warm_up() -> None:
     """What every child would do again otherwise."""
+    import deepspeed  # noqa: F401
+    import matplotlib.pyplot  # noqa: F401
+
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # imports much
 
@@ -548,9 +570,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tally = soak.tally
         live.update(as_table(tally))
     options.output.mkdir(parents=True, exist_ok=True)
-    found = result(tally, options, time.monotonic() - begun)
+    machine = f"{os.cpu_count()} CPU cores, Python {platform.python_version()}, torch {torch.__version__}"
+    asked = {key: getattr(options, key) for key in ("kills", "steps", "real", "seed")}
+    found = {"asked": asked, "machine": machine, "seconds": time.monotonic() - begun, **tally.result()}
     (options.output / "soak.json").write_text(json.dumps(found, indent=1) + "\n")
-    (options.output / "soak.md").write_text(report(tally, found))
+    (options.output / "soak.md").write_text(report(found))
     for problem in tally.problems[:20]:
         print(problem)
     if tally.problems:
@@ -562,27 +586,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def as_table(tally: Tally) -> Table:
     table = Table(show_header=False)
-    for line in tally.lines():
+    for line in lines(tally.result()):
         table.add_row(*line)
     return table
 
 
-def result(tally: Tally, options: argparse.Namespace, seconds: float) -> dict[str, Any]:
-    times = {how: {"starts": len(s), "mean": mean(s), "longest": max(s)} for how, s in sorted(tally.recovery.items())}
-    machine = f"{os.cpu_count()} CPU cores, Python {platform.python_version()}, torch {torch.__version__}"
-    asked = {key: getattr(options, key) for key in ("kills", "steps", "real", "seed")}
-    return {"asked": asked, "machine": machine, "seconds": seconds, **vars(tally), "recovery": times}
-
-
-def report(tally: Tally, found: dict[str, Any]) -> str:
-    table = "\n".join(f"| {name} | {value} |" for name, value in tally.lines())
+def report(found: dict[str, Any]) -> str:
+    table = "\n".join(f"| {name} | {value} |" for name, value in lines(found))
     asked = " ".join(f"--{key} {value}" for key, value in found["asked"].items())
+    kills = sum(found["kills"].values())
+    early = "" if kills >= found["asked"]["kills"] else f" It was stopped after {kills:,} kills."
     return f"""# Soak: killed at random moments, and resumed
 
-Written by `make soak` (`tests/soak.py {asked}`) in {found["seconds"] / 60:.0f} minutes on {found["machine"]}, beside
-other work; all numbers are in `soak.json`. What is compared, and why it shows that every sample went into the weights
-once, stands at the head of the program. By what was killed: 1 process, 2 that share the experts, 1 or 2 anew at each
-start; forked from a process that has imported everything, or commands.
+Written by `make soak` (`tests/soak.py {asked}`) in {found["seconds"] / 60:.0f} minutes, beside other work,
+on {found["machine"]}; all numbers are in `soak.json`.{early} What is compared, and why it
+shows that every sample went into the weights once, stands at the head of the program. Processes: 1, 2 that share the
+experts, or "1 or 2" anew at each start; forked from a process that has imported everything, or started by command.
 
 | | |
 |---|---|

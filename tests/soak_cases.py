@@ -87,7 +87,7 @@ def until_noticed(fault: Callable[[], None], soak: Soak, folder: Path) -> None:
 
 
 def write(tally: Tally, path: Path) -> None:
-    path.write_text(json.dumps(vars(tally)))
+    path.write_text(json.dumps(tally.result()))
 
 
 def main(folder: Path) -> None:

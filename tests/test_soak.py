@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from soak import report
 from soak_cases import FAULTS, KILLS
 
 pytestmark = pytest.mark.xdist_group("soak")
@@ -42,3 +43,10 @@ def test_thirty_kills_change_nothing(folder: Path) -> None:
 def test_a_fault_is_noticed(fault: Any, folder: Path) -> None:
     found = tally(folder, fault.__name__)
     assert [name for name in FAULTS[fault] if not found[name]] == [], found["problems"]
+
+
+def test_the_published_report_is_that_of_the_published_numbers() -> None:
+    results = Path(__file__).parents[1] / "docs" / "results"
+    published = json.loads((results / "soak.json").read_text())
+    assert published["problems"] == []
+    assert (results / "soak.md").read_text() == report(published)
