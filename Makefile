@@ -7,7 +7,7 @@ export PYTHONSAFEPATH = 1
 # Threads that wait sleep. On an idle machine spinning is a third faster; beside one busy process it is several times slower.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: setup smoke tiny-v4 browser slurm test test-all check docs figures bench gpu clean
+.PHONY: setup smoke tiny-v4 browser slurm test test-all check docs figures bench soak gpu clean
 
 # torch comes first and pinned: asked for by range, pip may take a build of several GB for another kind of machine.
 .venv/.runtime: pyproject.toml constraints.txt
@@ -101,6 +101,11 @@ figures: .venv/.dev
 # free. There, threads may spin a moment before they sleep, the default: a fairer and faster setting for both sides.
 bench: .venv/.dev
 	env -u OMP_WAIT_POLICY $(BIN)/pytest tests/test_benchmark.py --bench -s
+
+# Runs killed so many times at random moments and resumed, to docs/results/soak.md and .json: 20 minutes for 1,000.
+KILLS ?= 1000
+soak: .venv/.dev
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/tests $(BIN)/python tests/soak.py --kills $(KILLS)
 
 # On a machine with a CUDA device, and perhaps nothing else: the tests of the kernels, then the benchmarks, in groups of
 # less than ten minutes, to docs/results/ or the folder OPENV4_GPU_RESULTS. Nothing is installed; what is missing is

@@ -1,7 +1,5 @@
 """What several test files share."""
 
-import gzip
-import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,9 +13,10 @@ if not torch.cuda.is_available():
 
 from cli_cases import SMALL_RUN, TEXTS, VOCAB, Result, Run, console, write_texts
 from finetune_cases import conversations, write_base, write_chat
+from run_cases import prepare_small_data
 from thread_fixtures import _two_threads, one_thread  # noqa: F401 (fixtures)
 
-from openv4.data.prepare import KING_JAMES, PrepareConfig, ensure_prepared, prepare
+from openv4.data.prepare import KING_JAMES, ensure_prepared
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -35,14 +34,8 @@ def king_james(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two dozen sentences of the shipped text, some 600 tokens of a vocabulary of 512: for runs of a second."""
-    folder = tmp_path_factory.mktemp("small_data")
-    with gzip.open(KING_JAMES, "rt", encoding="utf-8") as file:
-        texts = [json.loads(line)["text"][:65] for line in file][::50]
-    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    config = PrepareConfig(input=str(folder / "text.jsonl"), output=str(folder / "prepared"), vocab_size=512)
-    prepare(config)
-    return folder / "prepared"
+    """``prepare_small_data``, once for all tests."""
+    return prepare_small_data(tmp_path_factory.mktemp("small_data"))
 
 
 @pytest.fixture

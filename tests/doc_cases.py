@@ -32,6 +32,7 @@ RUN_WHOLE_ELSEWHERE = {
     "make test-all": ".ci/run",
     "make docs": ".ci/run",
     "make bench": "tests/test_benchmark.py",
+    "make soak KILLS=1000": "tests/test_soak.py::test_thirty_kills_change_nothing",
     "make figures": "tests/test_docs.py::test_the_drawing_of_the_imports_is_that_of_the_code",
     "openv4 train run=long_context_smoke": "tests/test_smoke.py::test_long_context_trains_its_indexer",
 }

@@ -1,5 +1,6 @@
 """Training runs of a second or two, and what the tests of the training loop look at."""
 
+import gzip
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from model_cases import random_config, random_model
 
 from openv4.data.loader import Batch
+from openv4.data.prepare import KING_JAMES, PrepareConfig, prepare
 from openv4.model import Transformer
 from openv4.model.loss import Counts, training_losses
 from openv4.optim.config import OptimConfig
@@ -48,6 +50,16 @@ OVERRIDES = [
     "logging.sample_prompt=null",
 ]
 STEPS = 8
+
+
+def prepare_small_data(folder: Path) -> Path:
+    """Two dozen sentences of the shipped text, some 600 tokens of a vocabulary of 512: for runs of a second."""
+    with gzip.open(KING_JAMES, "rt", encoding="utf-8") as file:
+        texts = [json.loads(line)["text"][:65] for line in file][::50]
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    config = PrepareConfig(input=str(folder / "text.jsonl"), output=str(folder / "prepared"), vocab_size=512)
+    prepare(config)
+    return folder / "prepared"
 
 
 def tiny_config(data: Path, output: Path, *overrides: str) -> TrainConfig:
