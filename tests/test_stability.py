@@ -30,7 +30,7 @@ import openv4.train.loop as loop
 from openv4.train.config import ConfigError, DivergedError, StabilityConfig, load_config
 from openv4.train.loop import train
 from openv4.train.metrics import read_lines
-from openv4.train.stability import Guard, Rollback, Spike, deviation, drop_spiked
+from openv4.train.stability import FILE, Guard, Rollback, Spike, decisions, deviation, drop_spiked
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("stability")]
 
@@ -140,6 +140,8 @@ def test_steps_without_a_finite_gradient_are_a_spike_when_there_are_many(tmp_pat
     (spike,) = watch(guard, [(1.0, math.inf)], 15)
     assert (spike.step, spike.onset) == (15, 13)
     assert "3 steps in a row" in spike.reason
+    with pytest.raises(DivergedError, match="step 3: 3 steps in a row had no finite gradient"):
+        watch(guard_of(tmp_path, max_skipped=3, on_spike="warn"), nothing * 3)
 
 
 def test_a_loss_that_is_finite_is_judged_though_its_gradient_is_not(tmp_path: Path) -> None:
@@ -159,7 +161,7 @@ def test_a_guard_that_is_taken_up_again_decides_as_the_one_that_went_on(cut: int
     wanted = watch(whole, series)
     found = watch(first, series[:cut])
     second = guard_of(tmp_path)
-    second.load(json.loads(json.dumps(first.state_dict())))
+    second.load(json.loads(json.dumps(first.state_dict())), [])
     assert found + watch(second, series[cut:], cut + 1) == wanted
     assert second.state_dict() == whole.state_dict()
     assert wanted
@@ -208,22 +210,30 @@ def test_decisions_are_taken_up_once_and_in_order(tmp_path: Path) -> None:
     first = Rollback(50, 50, "a", 40, (48, {"at": 1}), (40, 60))
     second = Rollback(45, 44, "b", 30, (42, {"at": 2}), (30, 50))
     guard.record(first)
-    guard.load({})
+    guard.load({}, decisions(tmp_path))
     assert (guard.rollbacks, guard.skips, guard.anticipated) == (1, [(48, {"at": 1})], range(40, 60))
     known = json.loads(json.dumps(guard.state_dict()))
     guard.record(second)
     for state in ({}, known):
         again = guard_of(tmp_path)
-        again.load(state)
+        again.load(state, decisions(tmp_path))
         assert again.rollbacks == 2
         assert again.skips == [(48, {"at": 1}), (42, {"at": 2})]
         assert again.anticipated == range(30, 50)
-    again.load(json.loads(json.dumps(again.state_dict())))
+    again.load(json.loads(json.dumps(again.state_dict())), decisions(tmp_path))
     assert again.rollbacks == 2
     guard.record(Rollback(60, 60, "c", 40, (58, {"at": 3}), None))
-    again.load(known)
+    again.load(known, decisions(tmp_path))
     assert again.skips == [(58, {"at": 3})]
     assert again.anticipated == range(30, 50)  # the mode was changed to never
+
+
+def test_a_decision_that_was_cut_off_is_none(tmp_path: Path) -> None:
+    """A kill in the middle of the line; the next one has a line of its own."""
+    (tmp_path / FILE).write_text('{"step": 50, "ons')
+    assert decisions(tmp_path) == []
+    guard_of(tmp_path).record(Rollback(50, 50, "a", 40, None, None))
+    assert [row["step"] for row in decisions(tmp_path)] == [50]
 
 
 def test_checkpoints_of_the_way_that_was_left_are_removed(tmp_path: Path) -> None:

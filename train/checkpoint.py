@@ -334,11 +334,14 @@ def chosen_ahead(folder: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[
         yield from read_tensors({name: place for name, place in places.items() if wanted(name)})
 
 
-def load_newest(checkpoints: Path, load: Callable[[Path], None]) -> tuple[Path | None, dict[Path, str]]:
+def load_newest(
+    checkpoints: Path, load: Callable[[Path], None], processes: Processes = ALONE
+) -> tuple[Path | None, dict[Path, str]]:
     """Loads the newest checkpoint; where its files are damaged, the newest one that is whole.
 
     Args:
         load: ``load_checkpoint`` with its arguments, and what else is to be checked of a checkpoint.
+        processes: rank 0 looks what there is; a network file system may show others a folder of some seconds ago.
 
     Returns:
         the checkpoint, None if there is none at all; and what is wrong with those newer than it, for ``set_aside``.
@@ -346,18 +349,21 @@ def load_newest(checkpoints: Path, load: Callable[[Path], None]) -> tuple[Path |
     Raises:
         DamageError: of the newest; no other one is whole.
     """
-    newest, damaged = latest_checkpoint(checkpoints), dict[Path, str]()
-    if newest is None:
+    names, damaged = "", dict[Path, str]()
+    if processes.rank == 0 and (latest := latest_checkpoint(checkpoints)):
+        older = [path for path in complete_checkpoints(checkpoints) if _step(path) < _step(latest)]
+        names = " ".join(path.name for path in (latest, *reversed(older)))
+    found = [checkpoints / name for name in processes.agree(names).split()]
+    if not found:
         return None, damaged
-    older = [path for path in complete_checkpoints(checkpoints) if _step(path) < _step(newest)]
-    for folder in (newest, *reversed(older)):
+    for folder in found:
         try:
             load(folder)
         except DamageError as error:
             damaged[folder] = str(error)
         else:
             return folder, damaged
-    raise DamageError(damaged[newest])
+    raise DamageError(damaged[found[0]])
 
 
 def set_aside(damaged: Mapping[Path, str]) -> list[str]:

@@ -43,7 +43,7 @@ from .parallel import ALONE, Alone, start
 from .precision import apply_precision, describe_precision
 from .progress import progress_bar
 from .signals import StopSignal
-from .stability import Guard, Spike, drop_spiked
+from .stability import Guard, Spike, decisions, drop_spiked
 
 
 def training_step(
@@ -159,7 +159,8 @@ def train(config: TrainConfig) -> Path:
             processes.first_does(lambda: drop_spiked(run))
             newest, damaged = restore(run, model, optimizers, state, data, config.checkpoint.keep, writers, held)
             feed.load_state_dict(state.data, newest)
-            guard.load(state.stability)
+            decided = processes.agree(json.dumps(decisions(run)) if processes.first else "")
+            guard.load(state.stability, json.loads(decided))
             return newest, damaged
 
         resumed, damaged = resume()
@@ -341,7 +342,7 @@ def restore(
     """
     fingerprint, base = state.fingerprint, state.base
     newest, damaged = load_newest(
-        run / "checkpoints", lambda folder: load_checkpoint(folder, model, optimizers, state, writers, held)
+        run / "checkpoints", lambda folder: load_checkpoint(folder, model, optimizers, state, writers, held), writers
     )
     if newest is None:
         return None, []
@@ -418,14 +419,21 @@ def answer(
     journal.warn("spike", str(spike))
     if guard.config.on_spike == "warn":
         return False
-    rollback = guard.decide(spike, feed.state_dict())
-    if rollback is None:
+
+    def decide() -> str:
+        rollback = guard.decide(spike, feed.state_dict())
+        if rollback is None:
+            return ""
+        guard.record(rollback)
+        return str(rollback)
+
+    decided = processes.agree(processes.first_does(decide) or "")
+    if not decided:
         guard.stay(state.step)
         journal.warn("spike", f"there is no checkpoint from before step {spike.onset} to go back to; the run goes on")
         return False
-    processes.first_does(partial(guard.record, rollback))
     _, damaged = resume()
-    journal.go_back("rollback", str(rollback))
+    journal.go_back("rollback", decided)
     for text in damaged:
         journal.warn("damaged", text)
     return True

@@ -23,6 +23,7 @@ from .config import DivergedError, StabilityConfig
 from .metrics import read_lines
 
 FILE = "rollbacks.jsonl"
+_WAY_OUT = "lower the learning rate or look at the data"
 # Least deviations that are taken for one standard deviation: a share of the loss, and of the gradient norm.
 LOSS_FLOOR, NORM_FLOOR = 0.01, 0.1
 # Share of `z` from which a step may be where a spike began, and a loss lends weight to its gradient norm.
@@ -88,10 +89,10 @@ class Guard:
 
     def __init__(self, config: StabilityConfig, run: Path) -> None:
         self.config, self._run = config, run
-        self.load({})
+        self.load({}, [])
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Takes up what ``state_dict`` said, and what was decided since."""
+    def load(self, state: dict[str, Any], decided: Sequence[dict[str, Any]]) -> None:
+        """Takes up what ``state_dict`` said, and what was decided since; ``decided`` are all rows of ``decisions``."""
         self._stage: int | None = state.get("stage")
         self._last = 0.0  # how far the last step was above the level
         # Of the last steps: loss, log of the gradient norm, and how far the step was above the level.
@@ -100,7 +101,7 @@ class Guard:
         self.rollbacks: int = state.get("rollbacks", 0)
         self.skips: list[tuple[int, dict[str, Any]]] = [tuple(skip) for skip in state.get("skips", [])]
         self._window: tuple[int, int] | None = tuple(state["window"]) if state.get("window") else None
-        for row in read_lines(self._run / FILE)[self.rollbacks :]:
+        for row in decided[self.rollbacks :]:
             self._adopt(Rollback(**row))
 
     def state_dict(self) -> dict[str, Any]:
@@ -131,7 +132,11 @@ class Guard:
 
     def observe(self, step: int, stage: int, loss: Tensor, norm: Tensor) -> Spike | None:
         """Looks at the step just done, the ``step``th; ``loss`` and gradient ``norm`` are 0-dim tensors. Waits for the
-        device."""
+        device.
+
+        Raises:
+            DivergedError: too many steps in a row were lost, and nothing is to be done about it.
+        """
         config = self.config
         if config.on_spike == "ignore":
             return None
@@ -140,7 +145,10 @@ class Guard:
             self._stage, self._history = stage, []
         self._lost = 0 if math.isfinite(value) and math.isfinite(size) else self._lost + 1
         if self._lost >= config.max_skipped:
-            return Spike(step, step - self._lost + 1, f"{self._lost} steps in a row had no finite gradient")
+            spike = Spike(step, step - self._lost + 1, f"{self._lost} steps in a row had no finite gradient")
+            if config.on_spike == "warn":
+                raise DivergedError(f"{self._run}: {spike} (stability.max_skipped); {_WAY_OUT}")
+            return spike
         if not math.isfinite(value):
             return None
         score, reason = self._score(value, size)
@@ -181,8 +189,7 @@ class Guard:
         if self.rollbacks >= config.max_rollbacks:
             raise DivergedError(
                 f"{self._run}: {spike}; the run has gone back {self.rollbacks} times "
-                f"(stability.max_rollbacks={config.max_rollbacks}); lower the learning rate or look at the data; a "
-                "larger number lets it go on"
+                f"(stability.max_rollbacks={config.max_rollbacks}); {_WAY_OUT}; a larger number lets it go on"
             )
         # The batch or update before the first step that looked odd may be the cause of it.
         cause = max(0, spike.onset - 2)
@@ -196,8 +203,10 @@ class Guard:
 
     def record(self, rollback: Rollback) -> None:
         """Makes a decision last; one process does it."""
-        with (self._run / FILE).open("a") as file:
-            file.write(json.dumps(asdict(rollback)) + "\n")
+        path = self._run / FILE
+        cut_off = path.exists() and not path.read_bytes().endswith(b"\n")  # killed in the middle of a line
+        with path.open("a") as file:
+            file.write("\n" * cut_off + json.dumps(asdict(rollback)) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
@@ -221,9 +230,14 @@ def _log(norm: float) -> float:
     return math.log(max(norm, 1e-30))
 
 
+def decisions(run: Path) -> list[dict[str, Any]]:
+    """All rollbacks of a run, as its file has them."""
+    return read_lines(run / FILE)
+
+
 def drop_spiked(run: Path) -> None:
     """Removes the checkpoints that a rollback has gone back behind; one process does it, before any reads them."""
-    rollbacks = read_lines(run / FILE)
+    rollbacks = decisions(run)
     for path in complete_checkpoints(run / "checkpoints") if rollbacks else ():
         try:
             state = json.loads((path / "state.json").read_text())
