@@ -207,7 +207,7 @@ def table(found: dict[str, Any]) -> str:
         for arm, v in arms.items()
         if arm.startswith("delay")
     }
-    detected = each([steps[0] - BURST.start if steps else None for steps in arms["rollback"]["spikes"]])
+    detected = each([steps[0] - BURST.start - 1 if steps else None for steps in arms["rollback"]["spikes"]])
     went_to = each([steps[0] if steps else None for steps in arms["rollback"]["rollbacks"]])
     counts = ", ".join(f"{arm}: {count} of {len(SEEDS)}" for arm, count in halved.items())
     lines = "\n".join(
