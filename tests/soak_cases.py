@@ -27,8 +27,8 @@ def published_too_early() -> None:
     """A checkpoint has its name, and something like a manifest, before its files are written."""
     plain = CheckpointWriter._open
 
-    def _open(self: CheckpointWriter, folder: Path) -> None:
-        plain(self, folder)
+    def _open(self: CheckpointWriter, folder: Path, size: int) -> None:
+        plain(self, folder, size)
         folder.mkdir(exist_ok=True)
         (folder / "manifest.json").touch()
 
