@@ -556,6 +556,7 @@ def test_adapters_go_back(release: Path, chat: Path, tmp_path: Path) -> None:
         *QUICK,
         *BACK,
         "lora.dropout=0.1",
+        "stability.on_spike=rollback",
         "lora.targets=[shared_experts]",
         "steps=6",
     ]
