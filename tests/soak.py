@@ -462,11 +462,13 @@ class Soak:
         whole = next(iter(self._references.values())).samples
         found = read_notes(notes)
         for number, step, count, rank, given in found:
-            mine, wanted = pieces(given), pieces(whole[step - 1][rank::count])
+            # A faulty run may go beyond the last step, where nothing is to be read.
+            right = whole[step - 1][rank::count] if step <= len(whole) else []
+            mine, wanted = pieces(given), pieces(right)
             self.tally.samples += mine.total()
             self.tally.found("samples_lost", (wanted - mine).total(), f"{notes}: start {number}, step {step}")
             self.tally.found("samples_repeated", (mine - wanted).total(), f"{notes}: start {number}, step {step}")
-            odd = int(mine == wanted and given != whole[step - 1][rank::count])
+            odd = int(mine == wanted and given != right)
             self.tally.found("samples_lost", odd, f"{notes}: start {number}, step {step}: another order")
         for step in range(1, self.steps + 1):
             noted = Counter((number, count) for number, at, count, _, _ in found if at == step)
