@@ -6,8 +6,8 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
@@ -83,24 +83,12 @@ def main() -> None:
     os.environ.setdefault("PYTHONSAFEPATH", "1")
     module = importlib.import_module(f".{name}", __package__)
     arguments = _spelled_out(module.CONFIG, getattr(module, "POSITIONAL", None), arguments)
-    with lasting_output() if name == "train" else nullcontext():
-        _run(name, module, arguments)
-
-
-def _run(name: str, module: Any, arguments: list[str]) -> None:
-    try:
+    way_on = "; the same command resumes from the last checkpoint" if name == "train" else ""
+    with lasting_output() if name == "train" else nullcontext(), _ending(f"interrupted{way_on}\n"):
         if any(argument.startswith("-") for argument in arguments):
             _hydra_application(name, module.CONFIG, module.run, arguments)
         else:
             module.run(load(name, module.CONFIG, arguments))
-    except KeyboardInterrupt:
-        way_on = "; the same command resumes from the last checkpoint" if name == "train" else ""
-        print(f"interrupted{way_on}", file=sys.stderr)
-        sys.exit(130)
-    except EXPECTED as error:
-        _fail(error)
-    if _one_of_several():
-        _exit(0)
 
 
 def main_of_process(config: str) -> None:
@@ -109,15 +97,22 @@ def main_of_process(config: str) -> None:
 
     sys.excepthook = _crash
     die_with_parent()
-    with lasting_output():
-        try:
-            run(from_yaml(CONFIG, Path(config).read_text()))
-        except KeyboardInterrupt:
-            sys.exit(130)
-        except EXPECTED as error:
-            _fail(error)
-        if _one_of_several():
-            _exit(0)
+    with lasting_output(), _ending():
+        run(from_yaml(CONFIG, Path(config).read_text()))
+
+
+@contextmanager
+def _ending(interrupted: str = "") -> Iterator[None]:
+    """How a command ends, by what it raises; ``interrupted`` is said of Ctrl-C."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.stderr.write(interrupted)
+        sys.exit(130)
+    except EXPECTED as error:
+        _fail(error)
+    if _one_of_several():
+        _exit(0)
 
 
 def _spelled_out(schema: type[Any], positional: str | None, arguments: list[str]) -> list[str]:
@@ -188,7 +183,9 @@ def _exit(code: int) -> NoReturn:
 
 
 def _one_of_several() -> bool:
-    return os.environ.get("WORLD_SIZE", "1") != "1"
+    from ..train.preflight import launched  # which most commands need not load
+
+    return launched()
 
 
 def _help() -> str:

@@ -182,10 +182,10 @@ class Transformer(nn.Module):
                 choosing, and weigh these experts as always.
         """
         task = task or AttentionTask()
-        gates = self.learned_gates(mtp)
         routes = {}
         if experts is not None:
-            routes = {gate: Route(experts=experts[:, g].flatten(0, 1).long()) for g, gate in enumerate(gates)}
+            gates = enumerate(self.learned_gates(mtp))
+            routes = {gate: Route(experts=experts[:, g].flatten(0, 1).long()) for g, gate in gates}
         if segments is None:
             segments = torch.zeros_like(tokens)
         geometry = Geometry.of(self.config, segments, positions, self.context)

@@ -1,14 +1,17 @@
 """What the tests of checkpoints share: processes played by threads, tensors dealt out to them, processes that die."""
 
 import os
+import subprocess
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TypeVar
 
+import pytest
 from run_cases import contents
 from torch import Tensor
 
@@ -96,3 +99,16 @@ def whole_after_a_kill(work: Path, before: Path, after: Path, expected: Mapping[
     make_latest(newest, keep=2)
     assert contents(work) == contents(after if newest.name == "step_3" else before), line
     return newest
+
+
+@contextmanager
+def tmpfs(folder: Path, *options: str) -> Iterator[None]:
+    """A file system of its own at ``folder``, which must not exist; skips the test where none can be mounted."""
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", *options, "tmpfs", str(folder)], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"no tmpfs can be mounted here ({mounted.stderr.strip()})")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)

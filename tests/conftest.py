@@ -39,6 +39,12 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def no_plot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs end without their drawing, which takes longer than they do."""
+    monkeypatch.setattr("openv4.train.loop.plot_loss", lambda run: run / "plots" / "loss.png")
+
+
+@pytest.fixture
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Commands run in an empty folder, and leave nothing there that they were not asked for."""
     folder = tmp_path / "here"

@@ -264,8 +264,3 @@ def test_a_window_ends_and_leaves_nothing(
     assert waiting == [0, 0, 2, 1, 0, 0, 0, 0]
     assert rows(run)[:2] == rows(plain)[:2]
     assert [row["tokens"] for row in rows(run)] == [row["tokens"] for row in rows(plain)]
-
-
-@pytest.fixture
-def no_plot(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "plot_loss", lambda run: run / "plots" / "loss.png")

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_cases import deal, in_threads, killer, whole_after_a_kill
+from checkpoint_cases import deal, in_threads, killer, tmpfs, whole_after_a_kill
 from lora_cases import EVERYTHING, randomise
 from model_cases import random_model
 from run_cases import contents, optimizers_of, trained
@@ -571,13 +571,7 @@ def test_a_file_system_that_is_full(free_space_is_told: bool, tmp_path: Path, mo
     if not free_space_is_told:
         monkeypatch.setattr(checkpoint_writer.shutil, "disk_usage", lambda _: SimpleNamespace(total=0, free=0))
     small = tmp_path / "small"
-    small.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(small)], capture_output=True, text=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"no tmpfs can be mounted here ({mounted.stderr.strip()})")
-    try:
+    with tmpfs(small, "-o", "size=2m"):
         published = 0
         full = refused("not written: ", "No space left on device", "; free some space and resume")
         with full, CheckpointWriter(small, 99, asynchronous=True) as writer:
@@ -595,8 +589,6 @@ def test_a_file_system_that_is_full(free_space_is_told: bool, tmp_path: Path, mo
         with CheckpointWriter(small, 99) as writer:
             writer.save(snapshot_of(step=99))
         verify(small / "step_99")
-    finally:
-        subprocess.run(["umount", str(small)], check=True)
 
 
 def test_a_step_that_is_passed_again(tmp_path: Path) -> None:

@@ -24,7 +24,6 @@ from safetensors.torch import save_file
 
 import openv4.model.tensor_files as tensor_files
 import openv4.train.checkpoint as checkpoint
-import openv4.train.loop as loop
 from openv4.model import load_pretrained
 from openv4.train.checkpoint import (
     TrainState,
@@ -81,11 +80,6 @@ def stopped(straight: Path, run: Path, step: int) -> Path:
     (run / "checkpoints" / "latest").write_text(f"step_{step}\n")
     (run / "summary.json").unlink()
     return run
-
-
-@pytest.fixture
-def no_plot(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "plot_loss", lambda run: run / "plots" / "loss.png")
 
 
 def names(folder: Path) -> list[str]:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoint_cases import deal, in_threads
+from checkpoint_cases import deal, in_threads, tmpfs
 from model_cases import random_config, random_model, relative_rms
 from run_cases import OVERRIDES, STEPS, contents, optimizers_of, plan, rows, tiny_config, trained
 from torch.nn import Parameter
@@ -72,11 +72,6 @@ def config(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainC
 def straight(config: TrainConfig, one_thread: None) -> Path:
     """The folder of that run, which nothing befell; not to be written to."""
     return train(config)
-
-
-@pytest.fixture
-def no_plot(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "plot_loss", lambda run: run / "plots" / "loss.png")
 
 
 def stopped(straight: Path, run: Path, step: int) -> Path:
@@ -222,18 +217,12 @@ def test_a_disk_that_stays_broken(
 def test_a_file_system_that_turned_read_only(tmp_path: Path) -> None:
     """F8: a real one; the checkpoint that it holds stays good."""
     disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(disk)], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"no tmpfs can be mounted here ({mounted.stderr.strip()})")
-    try:
+    with tmpfs(disk):
         save_checkpoint(disk, whole_snapshot(*trained(0, 1)), keep=2)
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         with pytest.raises(CheckpointError, match=r"step 2 not written.*Read-only file system.*and resume"):
             save_checkpoint(disk, whole_snapshot(*trained(0, 2)), keep=2)
         verify(disk / "step_1")
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
 
 
 @pytest.mark.usefixtures("no_plot")

@@ -59,11 +59,6 @@ def straight(config: TrainConfig, one_thread: None) -> Path:
     return train(config)
 
 
-@pytest.fixture
-def no_plot(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "plot_loss", lambda run: run / "plots" / "loss.png")
-
-
 def assert_same_run(run: Path, straight: Path) -> None:
     """Same last checkpoint, byte for byte (weights, optimizer, data order, counters), same metrics and summary."""
     name = f"step_{STEPS}"

@@ -279,11 +279,6 @@ def clean(read: dict[int, list[Rows]]) -> Path:
     return Path(str(read[-1][0][0]))
 
 
-@pytest.fixture
-def no_plot(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "plot_loss", lambda run: run / "plots" / "loss.png")
-
-
 def events(run: Path, *kinds: str) -> list[dict[str, Any]]:
     return [event for event in read_lines(run / "events.jsonl") if event["kind"] in kinds]
 

@@ -198,8 +198,14 @@ def make_latest(folder: Path, keep: int) -> None:
     pointer.rename(checkpoints / "latest")
     sync(checkpoints)
     for old in complete_checkpoints(checkpoints)[:-keep]:
-        # Out of sight first: a kill during the removal leaves no half of a checkpoint.
-        shutil.rmtree(old.rename(checkpoints / f".{old.name}-old"))
+        remove(old)
+
+
+def remove(folder: Path) -> None:
+    """Deletes a checkpoint; out of sight first: a kill during the removal leaves no half of one."""
+    hidden = folder.with_name(f".{folder.name}-old")
+    shutil.rmtree(hidden, ignore_errors=True)
+    shutil.rmtree(folder.rename(hidden))
 
 
 def remove_leftovers(checkpoints: Path) -> None:
@@ -351,7 +357,7 @@ def load_newest(
     """
     names, damaged = "", dict[Path, str]()
     if processes.rank == 0 and (latest := latest_checkpoint(checkpoints)):
-        older = [path for path in complete_checkpoints(checkpoints) if _step(path) < _step(latest)]
+        older = [path for path in complete_checkpoints(checkpoints) if step_of(path) < step_of(latest)]
         names = " ".join(path.name for path in (latest, *reversed(older)))
     found = [checkpoints / name for name in processes.agree(names).split()]
     if not found:
@@ -462,7 +468,7 @@ def seal(manifest: Mapping[str, Any]) -> str:
 def complete_checkpoints(checkpoints: Path) -> list[Path]:
     """All published checkpoints, oldest first."""
     found = [path for path in checkpoints.glob("step_*") if _NAME.fullmatch(path.name)]
-    return sorted((path for path in found if (path / "manifest.json").exists()), key=_step)
+    return sorted((path for path in found if (path / "manifest.json").exists()), key=step_of)
 
 
 def latest_checkpoint(checkpoints: Path) -> Path | None:
@@ -475,7 +481,7 @@ def latest_checkpoint(checkpoints: Path) -> Path | None:
     name = pointer.read_text(errors="replace").strip() if pointer.exists() else ""
     if _NAME.fullmatch(name) and (checkpoints / name).is_dir():
         found.append(checkpoints / name)
-    return max(found, key=_step, default=None)
+    return max(found, key=step_of, default=None)
 
 
 def find_weights(path: str | Path) -> Path:
@@ -540,7 +546,8 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: str
     return model.eval()
 
 
-def _step(folder: Path) -> int:
+def step_of(folder: Path) -> int:
+    """The optimizer steps done at a checkpoint, by its name."""
     return int(folder.name.removeprefix("step_"))
 
 

@@ -40,6 +40,7 @@ from .checkpoint import (
     complete_checkpoints,
     file_checksum,
     make_latest,
+    remove,
     seal,
     split_experts,
 )
@@ -278,9 +279,7 @@ class CheckpointWriter:
             path.unlink()
         sync(temporary)
         if work.folder.exists():  # damaged, or of a run that went back and passes this step again
-            old = self.checkpoints / f".{work.folder.name}-old"
-            shutil.rmtree(old, ignore_errors=True)
-            shutil.rmtree(work.folder.rename(old))
+            remove(work.folder)
         temporary.rename(work.folder)
         self._published.append(work.folder)
         try:

@@ -109,9 +109,7 @@ class EventLog:
 
     def __init__(self, path: Path) -> None:
         self.path, self._lines = path, Lines(path)
-        if path.exists() and not path.read_bytes().endswith(b"\n"):  # killed in the middle of a line
-            with path.open("a") as file:
-                file.write("\n")
+        end_last_line(path)
 
     def write(self, step: int, kind: str, text: str) -> None:
         time = datetime.now(UTC).isoformat(timespec="seconds")
@@ -129,6 +127,13 @@ class EventLog:
             reason = redacted(" ".join(str(error).split()))[:200]
             self.write(state.step, kind, f"{type(error).__name__}{reason and ': '}{reason}")
             raise
+
+
+def end_last_line(path: Path) -> None:
+    """Where a process was killed in the middle of a line, the next one shall begin a line of its own."""
+    if path.exists() and not path.read_bytes().endswith(b"\n"):
+        with path.open("a") as file:
+            file.write("\n")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

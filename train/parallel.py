@@ -99,7 +99,7 @@ class Alone:
         Raises:
             PreflightError: they cannot train together, or not be saved.
         """
-        preflight(config, 0, 0, lambda value: [value], fingerprint)
+        preflight(config, self.rank, int(os.environ.get("LOCAL_RANK", "0")), self.everywhere, fingerprint)
 
     def first_does(self, function: Callable[[], T]) -> T | None:
         """What ``function`` returns in the first process; the others wait for it, and get None.
@@ -213,9 +213,6 @@ class Together(Alone):
             return ""
         found: str = next(text for text in self.everywhere(text) if text)
         return found
-
-    def preflight(self, config: TrainConfig, fingerprint: str) -> None:
-        preflight(config, self.rank, int(os.environ.get("LOCAL_RANK", "0")), self.everywhere, fingerprint)
 
     def first_does(self, function: Callable[[], T]) -> T | None:
         result, error = None, None

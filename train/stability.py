@@ -8,7 +8,6 @@ to what it knows. So a run that is killed anywhere on the way back arrives at th
 import json
 import math
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checkpoint import complete_checkpoints
+from .checkpoint import complete_checkpoints, remove, step_of
 from .config import DivergedError, StabilityConfig
-from .metrics import read_lines
+from .metrics import end_last_line, read_lines
 
 FILE = "rollbacks.jsonl"
 _WAY_OUT = "lower the learning rate or look at the data"
@@ -193,7 +192,7 @@ class Guard:
             )
         # The batch or update before the first step that looked odd may be the cause of it.
         cause = max(0, spike.onset - 2)
-        found = [int(path.name.removeprefix("step_")) for path in complete_checkpoints(self._run / "checkpoints")]
+        found = [step_of(path) for path in complete_checkpoints(self._run / "checkpoints")]
         to = max((step for step in found if step <= cause), default=None)
         if to is None:
             return None
@@ -203,10 +202,9 @@ class Guard:
 
     def record(self, rollback: Rollback) -> None:
         """Makes a decision last; one process does it."""
-        path = self._run / FILE
-        cut_off = path.exists() and not path.read_bytes().endswith(b"\n")  # killed in the middle of a line
-        with path.open("a") as file:
-            file.write("\n" * cut_off + json.dumps(asdict(rollback)) + "\n")
+        end_last_line(self._run / FILE)
+        with (self._run / FILE).open("a") as file:
+            file.write(json.dumps(asdict(rollback)) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
@@ -245,4 +243,4 @@ def drop_spiked(run: Path) -> None:
         except (OSError, ValueError, AttributeError):  # damaged, which is found when it is loaded
             continue
         if state["step"] > rollbacks[-1]["to"] and known < len(rollbacks):
-            shutil.rmtree(path.rename(path.with_name(f".{path.name}-old")))
+            remove(path)
