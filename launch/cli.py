@@ -108,7 +108,7 @@ def _ending(interrupted: str = "") -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         sys.stderr.write(interrupted)
-        sys.exit(130)
+        _exit(130)
     except EXPECTED as error:
         _fail(error)
     if _one_of_several():
@@ -168,11 +168,14 @@ def _fail(error: Exception) -> NoReturn:
 def _crash(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """A fault of ours: the traceback, without what must not be in a log."""
     sys.stderr.write(redacted("".join(traceback.format_exception(kind, error, trace))))
+    if _one_of_several():
+        _exit(1)
 
 
 def _exit(code: int) -> NoReturn:
-    """One process of several ends at once: threads of process groups, in C++, can abort the interpreter's own end, of
-    groups that were left as well (rarely: they are in the middle of something then)."""
+    """One process of several ends at once. At the interpreter's own end a thread of gloo that lets go of a tensor asks
+    for the interpreter's lock, and is aborted. ``destroy_process_group`` does not end these threads: default arguments
+    in torch.distributed.nn.functional, imported after the group was made, hold it."""
     if _one_of_several():
         if code == 0:
             atexit._run_exitfuncs()

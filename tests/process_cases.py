@@ -11,7 +11,7 @@ import tempfile
 import time
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -65,8 +65,16 @@ def main(folder: str, rank: str, count: str, function: str, timeout: str) -> Non
     module, name = function.split(":")
     arguments = torch.load(Path(folder) / "arguments", weights_only=False)
     torch.save(getattr(importlib.import_module(module), name)(*arguments), Path(folder) / f"result{rank}")
-    dist.barrier()  # without it some runs abort at the interpreter's exit
+    leave()
+
+
+def leave() -> NoReturn:
+    """Ends a process of a group as the CLI does (``launch.cli._exit`` says why), once all of them are done."""
+    dist.barrier()
     dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -192,7 +192,7 @@ def child(rank: int, count: int, port: int, config: TrainConfig, first: int, not
     except BaseException:
         traceback.print_exc()
         os._exit(1)
-    os._exit(0)  # as `openv4 train` ends one of several: threads of a process group can abort the interpreter's end
+    os._exit(0)  # as `openv4 train` ends one of several, `launch.cli._exit`
 
 
 def note_samples(path: Path, first: int) -> None:

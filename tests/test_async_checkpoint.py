@@ -21,6 +21,7 @@ import torch
 from checkpoint_cases import deal, in_threads, killer, tmpfs, whole_after_a_kill
 from lora_cases import EVERYTHING, randomise
 from model_cases import random_model
+from process_cases import leave
 from run_cases import contents, optimizers_of, trained
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -695,8 +696,7 @@ def real_process(folder: Path, rank: int, world: int, port: int, steps: int) -> 
                     tensor.add_(0.125)
             whole = whole_snapshot(model, optimizers, state)
             writer.save(deal(whole, rank, world))
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 def start(folder: Path, world: int, steps: int) -> list["subprocess.Popen[str]"]:

@@ -164,7 +164,7 @@ try:
 except PreflightError as error:
     print(json.dumps([*error.problems, time.monotonic() - start]))
 sys.stdout.flush()
-os._exit(0)  # threads of a process group that is not destroyed would abort the interpreter's own end
+os._exit(0)  # `launch.cli._exit` says why
 """
 
 Ranks = Callable[..., list[str]]
