@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..kernels.norm import rms_norm
 from ..kernels.quantize import quantized_product
-from .precision import Products
+from .precision import CastWeight, Products
 
 
 class Linear(nn.Linear):
@@ -25,6 +25,7 @@ class Linear(nn.Linear):
         self.scale: Tensor | None
         self.register_buffer("scale", None)
         self.lora: nn.Module | None = None
+        self.cast = CastWeight()
         self.rounded: Products | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -36,7 +37,7 @@ class Linear(nn.Linear):
         if self.rounded is not None:
             return self.rounded.linear(x, self.weight)
         if self.scale is None:
-            return F.linear(x, self.weight.to(x.dtype))
+            return F.linear(x, self.cast(self.weight, x.dtype))
         return quantized_product(x.unsqueeze(-2), self.weight, self.scale).squeeze(-2)
 
     def hold_quantized(self, codes: Tensor, scale: Tensor) -> None:
@@ -60,7 +61,7 @@ class GroupedLinear(Linear):
         if self.rounded is not None:
             return self.rounded.linear(x, self.weight, self.groups)
         if self.scale is None:
-            return torch.einsum("btgi,gri->btgr", x, self.weight.to(x.dtype).unflatten(0, (self.groups, -1)))
+            return torch.einsum("btgi,gri->btgr", x, self.cast(self.weight, x.dtype).unflatten(0, (self.groups, -1)))
         return quantized_product(x, self.weight, self.scale, self.groups)
 
 

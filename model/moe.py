@@ -17,7 +17,7 @@ from ..kernels.swiglu import clamp_hits, clamped_swiglu
 from .config import ModelConfig
 from .context import Part
 from .layers import Linear
-from .precision import RoundedWeight
+from .precision import CastWeight, RoundedWeight
 from .recompute import Route
 
 
@@ -82,6 +82,7 @@ class Experts(nn.Module):
         for name in ("w1", "w2", "w3"):
             self.register_buffer(f"{name}_scale", None)
         self.lora: nn.Module | None = None
+        self.casts = {name: CastWeight() for name in ("w1", "w2", "w3")}
         self.rounded: tuple[RoundedWeight, ...] = ()
         self.engine: Callable[..., tuple[Tensor, Tensor]] | None = None
         self.limit = config.swiglu_limit
@@ -107,7 +108,10 @@ class Experts(nn.Module):
 
     def _matrices(self, name: str) -> Tensor | Quantized:
         matrices, scale = getattr(self, name), getattr(self, f"{name}_scale")
-        return matrices if scale is None else Quantized(matrices, scale)
+        if scale is not None:
+            return Quantized(matrices, scale)
+        held = self.casts[name].held  # else the products cast, and keep no copy for the backward pass
+        return matrices if held is None or self.rounded else self.casts[name](matrices, held.dtype)
 
 
 class Dispatcher(Protocol):

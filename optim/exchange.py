@@ -4,13 +4,17 @@ A parameter is held by all processes of a group. When its gradient is complete i
 adds the parts up in the order of the ranks, in float32: two runs are equal to the bit, and so are results on any
 network. Parameters travel in buckets, from the last layer to the first, while the backward pass still works on earlier
 ones. After the update the owners send the new weights back.
+
+Of what is multiplied in bfloat16 or FP8, the owners alone have float32 weights (``hold``). They cast or round them for
+all, and send what products need, in bfloat16; the model's parameters are then shapes without numbers, whose gradients
+are float32 as before. Nothing is computed differently.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Container, Iterator, Mapping
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -19,8 +23,22 @@ from torch.nn import Parameter
 
 from .ownership import Piece
 
+# What values that take the place of float32 weights are held in: it has all of FP8's, whatever their scale.
+HELD = torch.bfloat16
 # Broadcasts of new weights under way at once: as many buffers exist.
 IN_FLIGHT = 4
+
+
+class Maker(Protocol):
+    """What a parameter's products need of it, and what takes it for them: ``model.precision.CastWeight`` and such."""
+
+    held: Tensor | None
+
+    def make(self, master: Tensor, dtype: torch.dtype) -> Tensor:
+        """Of a float32 parameter, or of some of its experts."""
+
+    def hold(self, values: Tensor | None, master: Tensor | None = None) -> None:
+        """Takes what was made of a whole parameter, of which this process owns ``master``; or lets go of it."""
 
 
 class Exchange:
@@ -34,8 +52,9 @@ class Exchange:
         dtype: in which they do. bfloat16 rounds what leaves a process stochastically, so that sums have no bias.
 
     Attributes:
-        shards: what this process owns, by name: a parameter of its own, which shares the memory of the model's, with
-            the number of the first expert in the model's parameter.
+        shards: what this process owns, by name: a parameter of its own, with the number of the first expert in the
+            model's parameter, whose memory it shares unless that is held in another dtype.
+        held: what makes the values of parameters that are held so, by name.
         sent: bytes that this process has sent so far: ``gradients`` and ``weights``.
     """
 
@@ -56,6 +75,7 @@ class Exchange:
             for piece in pieces[name]
             if piece.owner == self._rank
         }
+        self.held: dict[str, Maker] = {}
         self.sent = {"gradients": 0, "weights": 0}
         self._buckets = list(_buckets(self._parameters, bucket_bytes))
         self._expected: set[str] = set()  # what had a gradient in the last step
@@ -153,32 +173,86 @@ class Exchange:
             total += part
         return total
 
+    @torch.no_grad()
+    def hold(self, makers: Mapping[str, Maker]) -> None:
+        """From now on the model has, of these parameters that are here, what is made of them in place of float32
+        weights. These must be the same in all processes."""
+        for name, parameter in self._parameters.items():
+            maker, shard = makers.get(name), self.shards.get(name)
+            if maker is None:
+                continue
+            weights, values = parameter.detach(), torch.empty_like(parameter, dtype=HELD)
+            # This process's own last: makers know what was lost of what they made last.
+            for piece in sorted(self._pieces[name], key=lambda piece: piece.owner == self._rank):
+                _part(values, piece).copy_(maker.make(_part(weights, piece), HELD))
+            if shard is not None:
+                shard.parameter.data = shard.parameter.detach().clone()
+            parameter.data = weights.new_zeros(()).expand(weights.shape)
+            self.held[name] = maker
+            self._renew(name, values)
+
+    @torch.no_grad()
+    def release(self) -> None:
+        """Gives all processes their float32 weights back."""
+        held, self.held = self.held, {}
+        for name, maker in held.items():
+            maker.hold(None)
+            parameter = self._parameters[name]
+            parameter.data = torch.empty_like(parameter, memory_format=torch.contiguous_format)
+            for piece in self._pieces[name]:
+                if piece.owner == self._rank:
+                    shard, part = self.shards[name].parameter, _part(parameter.detach(), piece)
+                    shard.data = part.copy_(shard.detach())
+        self._send_weights(set(held))
+
     def publish(self) -> None:
         """Sends the new weights of what had a gradient to all processes of the group, and waits until they are in."""
-        pending: deque[tuple[dist.Work | None, int, list[tuple[str, Piece]], Tensor]] = deque()
-        for bucket in reversed(self._buckets):
-            names = [name for name in bucket if name in self._expected]
-            for owner in range(self._size):
-                parts = [(name, piece) for name in names for piece in self._pieces[name] if piece.owner == owner]
-                if not parts:
-                    continue
-                if self._size == 1:
-                    self._written(parts)
-                    continue
-                weights = [_part(self._parameters[name].detach(), piece).flatten() for name, piece in parts]
-                # To be received it is empty; what is in it then does not matter.
-                flat = torch.cat(weights) if owner == self._rank else weights[0].new_empty(sum(map(len, weights)))
-                if owner == self._rank:
-                    self.sent["weights"] += flat.numel() * flat.element_size() * (self._size - 1)
-                work = dist.broadcast(flat, group_src=owner, group=self._group, async_op=True)
-                pending.append((work, owner, parts, flat))
-                if len(pending) > IN_FLIGHT:
-                    self._receive(*pending.popleft())
+        self._send_weights(self._expected)
+
+    @torch.no_grad()
+    def _send_weights(self, names: Container[str]) -> None:
+        pending: deque[tuple[dist.Work | None, int, _Parts, Tensor]] = deque()
+        for parts in self._shipments(names):
+            owner = parts[0][1].owner
+            if owner == self._rank:
+                self._make(parts)
+            if self._size == 1:
+                self._written(parts)
+                continue
+            weights = [self._copy(name, piece).flatten() for name, piece in parts]
+            # To be received it is empty; what is in it then does not matter.
+            flat = torch.cat(weights) if owner == self._rank else weights[0].new_empty(sum(map(len, weights)))
+            if owner == self._rank:
+                self.sent["weights"] += flat.numel() * flat.element_size() * (self._size - 1)
+            work = dist.broadcast(flat, group_src=owner, group=self._group, async_op=True)
+            pending.append((work, owner, parts, flat))
+            if len(pending) > IN_FLIGHT:
+                self._receive(*pending.popleft())
         while pending:
             self._receive(*pending.popleft())
 
-    @torch.no_grad()
-    def _receive(self, work: dist.Work | None, owner: int, parts: list[tuple[str, Piece]], flat: Tensor) -> None:
+    def _shipments(self, names: Container[str]) -> Iterator[_Parts]:
+        """What travels together: of a bucket, an owner and a dtype, in the order of the forward pass."""
+        for bucket in reversed(self._buckets):
+            pieces = [(name, piece) for name in bucket if name in names for piece in self._pieces[name]]
+            for owner in range(self._size):
+                mine = [(name, piece) for name, piece in pieces if piece.owner == owner]
+                for held in (False, True):
+                    if parts := [(name, piece) for name, piece in mine if (name in self.held) is held]:
+                        yield parts
+
+    def _make(self, parts: _Parts) -> None:
+        """What the model has of this process's own parts, where it does not share their memory."""
+        for name, piece in parts:
+            if maker := self.held.get(name):
+                self._copy(name, piece).copy_(maker.make(self.shards[name].parameter.detach(), HELD))
+
+    def _copy(self, name: str, piece: Piece) -> Tensor:
+        """What the model has of a piece."""
+        held = self.held[name].held if name in self.held else None
+        return _part(self._parameters[name].detach() if held is None else held, piece)
+
+    def _receive(self, work: dist.Work | None, owner: int, parts: _Parts, flat: Tensor) -> None:
         assert work is not None
         work.wait()
         if owner == self._rank:
@@ -186,15 +260,28 @@ class Exchange:
             return
         start = 0
         for name, piece in parts:
-            weights = _part(self._parameters[name], piece)
+            weights = self._copy(name, piece)
             weights.copy_(flat[start : start + weights.numel()].view_as(weights))
             start += weights.numel()
+        self._written(parts)
 
-    def _written(self, parts: list[tuple[str, Piece]]) -> None:
-        """The model's parameters share the memory of shards, but not their count of changes, by which rounded weights
-        know that they are old."""
+    def _written(self, parts: _Parts) -> None:
+        """Says that weights are new: the model's parameters may share the memory of shards, but not their count of
+        changes, by which rounded weights know that they are old."""
         for name, _ in parts:
-            torch.autograd.graph.increment_version(self._parameters[name])
+            if name in self.held:
+                self._renew(name, self.held[name].held)
+            else:
+                torch.autograd.graph.increment_version(self._parameters[name])
+
+    def _renew(self, name: str, values: Tensor | None) -> None:
+        """Hands values over as another tensor, on the same memory, so that it shows that they are new."""
+        assert values is not None
+        master = self.shards[name].parameter.detach() if name in self.shards else None
+        self.held[name].hold(values.view_as(values), master)
+
+
+_Parts = list[tuple[str, Piece]]
 
 
 class Shard(NamedTuple):

@@ -1,7 +1,7 @@
 """Training steps on several gloo processes, for comparison with one; the processes of a world serve all its cases."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -13,9 +13,11 @@ from torch import Tensor
 from openv4.data.loader import Batch
 from openv4.model.outliers import MAXIMA
 from openv4.model.released import released_tensors
+from openv4.model.transformer import Transformer
 from openv4.optim.config import AdamWConfig, OptimConfig
+from openv4.optim.groups import Optimizers
 from openv4.train.anticipation import filled, split_batch
-from openv4.train.checkpoint import split_experts
+from openv4.train.checkpoint import TrainState, split_experts
 from openv4.train.config import ParallelConfig, PrecisionConfig
 from openv4.train.loop import StepReport, training_step
 from openv4.train.meter import over_processes
@@ -39,6 +41,9 @@ class Case:
     micro_rows: int = 1  # of each process
     attention: str = "sparse"
     compute: str = "fp32"
+    streams: Literal["fp32", "bf16"] = "fp32"
+    then: str = ""  # compute from the second step on
+    held: bool = False  # owners alone have float32 weights, as in a run
     clip: float | None = 1e9
     matrices: str = "muon"
     recompute: str = "none"
@@ -73,10 +78,13 @@ def run(case: Case, processes: Alone, together: int = 1) -> dict[str, Tensor]:
                 elif name.endswith("tid2eid"):
                     buffer.copy_(torch.arange(config.num_experts_per_tok).expand_as(buffer))
     processes.spread(model)
-    apply_precision(model, PrecisionConfig(case.compute, "fp32"))  # type: ignore[arg-type]
+    precision = PrecisionConfig(case.compute, case.streams)  # type: ignore[arg-type]
+    apply_precision(model, precision)
     # An eps above the rounding of gradients: AdamW would move what has no gradient but rounding as far as all else.
     optim = OptimConfig(matrices=case.matrices, adamw=AdamWConfig(eps=1e-6))  # type: ignore[arg-type]
     optimizers = processes.optimizers(model, optim)
+    if case.held:
+        processes.set_precision(model, precision)
     now = plan(sequence_length=case.length, rows=case.rows, attention=case.attention, bias_speed=0.05)
     if case.poisoned and processes.rank == processes.world - 1:
         model.norm.weight.register_hook(lambda gradient: gradient * torch.nan)
@@ -107,6 +115,9 @@ def run(case: Case, processes: Alone, together: int = 1) -> dict[str, Tensor]:
             steps[-1] = [batch._replace(experts=model.choose_experts(*batch[:2], now.attention)) for batch in steps[-1]]
     for step, batches in enumerate(steps):
         processes.steps = step
+        if case.then and step == 1:
+            switch = processes.set_precision if case.held else apply_precision
+            switch(model, replace(precision, compute=case.then))  # type: ignore[arg-type]
         reports.append(training_step(model, optimizers, batches, now, case.clip, step == 0, processes))
     result = {
         "losses": torch.stack([torch.stack((r.main, r.mtp, r.balance, *r.indexer)) for r in reports]),
@@ -126,7 +137,27 @@ def run(case: Case, processes: Alone, together: int = 1) -> dict[str, Tensor]:
         for kind in ("tokens", "results", "gradients", "weights"):
             result[f"sent.{kind}"] = torch.tensor(sum(each.get(kind, 0) for each in sent))
     result |= gradients
-    return result | {f"model.{name}": tensor.detach().clone() for name, tensor in released_tensors(model)}
+    if case.streams == "bf16":
+        result |= of_held_weights(model, optimizers, reports[0], processes)
+    with processes.whole(model):
+        return result | {f"model.{name}": tensor.detach().clone() for name, tensor in released_tensors(model)}
+
+
+def of_held_weights(
+    model: Transformer, optimizers: Optimizers, report: StepReport, processes: Alone
+) -> dict[str, Tensor]:
+    """What a checkpoint gets from this process, the bytes of weights that it has, and how much rounding loses."""
+    snapshot = processes.snapshot(model, optimizers, TrainState(), None)
+    rates = {n: v for n, v in over_processes(report.statistics, processes).items() if n.startswith("precision/")}
+    tensors = [tensor for name, tensor in processes.copies(model) if name in dict(model.named_parameters())]
+    tensors += [shard.parameter.detach() for exchange in processes.exchanges for shard in exchange.shards.values()]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return {
+        "bytes": torch.tensor(sum(storages.values())),
+        "rates": torch.tensor(list(rates.values())),
+        **{f"saved.{name}": tensor.clone() for name, tensor in snapshot.weights.items()},
+        **{f"state.{name}": tensor.clone() for name, tensor in snapshot.optimizer.items()},
+    }
 
 
 def alone(case: Case, together: int) -> dict[str, Tensor]:

@@ -25,7 +25,6 @@ from .checkpoint import TrainState, chosen_ahead
 from .config import TrainConfig
 from .evaluation import without_dropout
 from .parallel import Alone
-from .precision import apply_precision
 
 # The ids of a step in a checkpoint: of every so many-th row from one on, their tokens from one on.
 _NAME = re.compile(r"ahead\.(\d+)\.row\.(\d+)\.of\.(\d+)\.token\.(\d+)")
@@ -139,14 +138,14 @@ class Feed:
         """What the routers choose now, of the step's micro-batches in turn, as the step itself will run them."""
         model, plan, precision = self._model, fetched.plan, self._config.precision
         if plan.compute != now.compute:
-            apply_precision(model, precision, plan.compute)
+            self._processes.set_precision(model, precision, plan.compute)
         with without_dropout(model):
             ids = [
                 model.choose_experts(batch.tokens, batch.segments, plan.attention, mtp=plan.mtp_weight > 0)
                 for batch in split_batch(fetched.batch, self._config.micro_batch_tokens, self._device)
             ]
         if plan.compute != now.compute:
-            apply_precision(model, precision, now.compute)
+            self._processes.set_precision(model, precision, now.compute)
         return torch.cat(ids)
 
     def _recalled(self, fetched: _Fetched) -> Tensor | None:

@@ -9,12 +9,12 @@ fingerprints, and the first micro-batch of a step is computed twice. Neither lea
 import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
-from itertools import chain
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..model.transformer import Transformer
 from .config import IntegrityError, StabilityConfig
 from .parallel import Alone
 from .preflight import host_name
@@ -36,7 +36,7 @@ class IntegrityChecks:
     """
 
     def __init__(
-        self, config: StabilityConfig, model: nn.Module, processes: Alone, tell: Callable[[str, str], None]
+        self, config: StabilityConfig, model: Transformer, processes: Alone, tell: Callable[[str, str], None]
     ) -> None:
         self.config, self.model, self.processes, self.tell = config, model, processes, tell
         self._alike: int | None = None  # the step of the last comparison that found no difference
@@ -60,7 +60,7 @@ class IntegrityChecks:
     @torch.no_grad()
     def _compare(self, step: int) -> None:
         """Two numbers of each process, of dense tensors and of experts; one for every tensor only if these differ."""
-        found = {name: fingerprint(t) for name, t in chain(self.model.named_parameters(), self.model.named_buffers())}
+        found = {name: fingerprint(tensor) for name, tensor in self.processes.copies(self.model)}
         kinds = [[h for name, h in found.items() if _is_expert(name) is expert] for expert in (False, True)]
         short = [int(fingerprint(torch.stack(kind))) if kind else 0 for kind in kinds]
         names, expert = ["dense", "a.experts.b"], self.processes.expert

@@ -157,7 +157,8 @@ def train(config: TrainConfig) -> Path:
         def resume() -> tuple[Path | None, list[str]]:
             """Takes up the newest checkpoint, if there is one: at the start of a process, and on the way back."""
             processes.first_does(lambda: drop_spiked(run))
-            newest, damaged = restore(run, model, optimizers, state, data, config.checkpoint.keep, writers, held)
+            with processes.whole(model):
+                newest, damaged = restore(run, model, optimizers, state, data, config.checkpoint.keep, writers, held)
             feed.load_state_dict(state.data, newest)
             decided = processes.agree(json.dumps(decisions(run)) if processes.first else "")
             guard.load(state.stability, json.loads(decided))
@@ -182,7 +183,7 @@ def train(config: TrainConfig) -> Path:
 
         plan = schedule.plan(state.step, state.tokens)
         if plan is not None:
-            apply_precision(model, config.precision, plan.compute)
+            processes.set_precision(model, config.precision, plan.compute)
             journal.event(*beginning(resumed, journal.repeated, describe_stage(plan, *where)))
         untrained = None
         if plan is not None and state.step == 0:
@@ -223,7 +224,7 @@ def train(config: TrainConfig) -> Path:
                     went_back = answer(spike, guard, state, feed, processes, journal, resume)
             stage, plan = plan.stage, schedule.plan(state.step, state.tokens)
             if plan is not None and plan.stage != stage:
-                apply_precision(model, config.precision, plan.compute)
+                processes.set_precision(model, config.precision, plan.compute)
                 journal.event("stage", describe_stage(plan, *where))
             every = config.checkpoint.every
             stopping = plan is not None and processes.any(stop.signal)
@@ -244,7 +245,7 @@ def train(config: TrainConfig) -> Path:
         if meter.steps == 0 and (state.step > schedule.total_steps or concluded(run, state)):
             journal.print(f"{run}: this run is complete at step {state.step}; raise steps= to go on")
         elif last := schedule.plan(state.step - 1, schedule.tokens_before(state.step - 1)):
-            apply_precision(model, config.precision, last.compute)
+            processes.set_precision(model, config.precision, last.compute)
             final = validator(model, last, whole=True)
             conclude(run, journal, config, data, model, state, final, processes)
             journal.event("end", f"{state.tokens:,} tokens trained")

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -27,17 +28,19 @@ from torch.nn import Parameter
 from ..model.config import LoRAConfig
 from ..model.lora import lora_parameters, peft_files
 from ..model.moe import Experts, MoE
-from ..model.released import checkpoint_tensors, first_expert
+from ..model.released import first_expert, released_tensors
 from ..model.transformer import Transformer
 from ..optim.config import OptimConfig
 from ..optim.exchange import Exchange
 from ..optim.groups import EXPERTS, MUON_GROUPS, GroupRow, Optimizers, build_optimizers, group_of
 from ..optim.ownership import Item, Ownership, assign
+from ..optim.schedule import Compute
 from .checkpoint import TrainState, split_experts
 from .checkpoint_writer import Snapshot, whole_snapshot
-from .config import ParallelConfig, StoppedElsewhere, TrainConfig
+from .config import ParallelConfig, PrecisionConfig, StoppedElsewhere, TrainConfig
 from .context import ContextGroup
 from .dispatch import ExpertDispatcher, keep_experts, mark
+from .precision import apply_precision, held_values
 from .preflight import check_layout, gather_json, host_name, launched, meet, preflight
 from .watchdog import Watchdog
 
@@ -139,6 +142,19 @@ class Alone:
     def held(self, model: Transformer, optimizers: Optimizers) -> dict[str, range | None]:
         """The parameters of ``optimizers``, and the global numbers of the experts that each stacks."""
         return {name: _numbers(model, name, 0, p) for name, p in optimizers.parameters.items()}
+
+    def set_precision(self, model: Transformer, config: PrecisionConfig, compute: Compute | None = None) -> None:
+        """``apply_precision``; from then on a process has of a weight what it multiplies with, and what it owns."""
+        apply_precision(model, config, compute)
+
+    @contextmanager
+    def whole(self, model: Transformer) -> Iterator[None]:
+        """Within, all parameters of the model have their float32 weights, which may be written to."""
+        yield
+
+    def copies(self, model: Transformer) -> Iterator[tuple[str, Tensor]]:
+        """What this process has of the model's parameters and buffers, by name."""
+        yield from chain(model.named_parameters(), model.named_buffers())
 
     def snapshot(
         self, model: Transformer, optimizers: Optimizers, state: TrainState, adapter: tuple[LoRAConfig, str] | None
@@ -283,22 +299,46 @@ class Together(Alone):
         shards = {name: shard for exchange in self.exchanges for name, shard in exchange.shards.items()}
         return {name: _numbers(model, name, shard.first, shard.parameter) for name, shard in shards.items()}
 
+    def set_precision(self, model: Transformer, config: PrecisionConfig, compute: Compute | None = None) -> None:
+        for exchange in self.exchanges:
+            exchange.release()
+        apply_precision(model, config, compute)
+        for exchange in self.exchanges:
+            exchange.hold(held_values(model))
+
+    @contextmanager
+    def whole(self, model: Transformer) -> Iterator[None]:
+        held = [exchange for exchange in self.exchanges if exchange.held]
+        for exchange in held:
+            exchange.release()
+        yield
+        for exchange in held:
+            exchange.hold(held_values(model))
+
+    def copies(self, model: Transformer) -> Iterator[tuple[str, Tensor]]:
+        held = {name: maker.held for exchange in self.exchanges for name, maker in exchange.held.items()}
+        for name, tensor in super().copies(model):
+            values = held.get(name)
+            yield name, tensor if values is None else values
+
     def snapshot(
         self, model: Transformer, optimizers: Optimizers, state: TrainState, adapter: tuple[LoRAConfig, str] | None
     ) -> Snapshot:
         held = self.held(model, optimizers)
         numbers = {name: found for name, found in held.items() if found is not None}
-        mine = set(split_experts({name: p for name, p in optimizers.parameters.items() if self._writes(name)}, numbers))
+        written = {name: p.detach() for name, p in optimizers.parameters.items() if self._writes(name)}
+        mine = split_experts(written, numbers)
         states = split_experts(optimizers.state_tensors(), numbers)
         states = {name: state for name, state in states.items() if name.partition(".")[2] in mine}
         if adapter is not None:
             values = {name: self._whole(name, p.detach()) for name, p in lora_parameters(model).items()}
             settings, tensors = peft_files(model, *adapter, values)
             return Snapshot(tensors if self.first else {}, states, state, model.config, settings)
-        # Buffers, and copies that a release has of a matrix, are the same in all processes.
-        shared = {name for name, _ in model.named_buffers()} | set(model.origin.copies) if self.first else set()
-        tensors = {name: t for name, t in checkpoint_tensors(model).items() if name in mine | shared}
-        return Snapshot(tensors, states, state, model.config)
+        copies = {name: mine[source].clone() for name, source in model.origin.copies.items() if source in mine}
+        # Buffers are the same in all processes.
+        buffers = {name for name, _ in model.named_buffers()} if self.first else ()
+        shared = {name: tensor for name, tensor in released_tensors(model) if name in buffers}
+        return Snapshot({**mine, **copies, **shared}, states, state, model.config)
 
     def _writes(self, name: str) -> bool:
         """Whether a checkpoint gets a parameter of ``optimizers`` from this process: its owner, or under ZeRO, where

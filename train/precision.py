@@ -17,11 +17,11 @@ from ..model.attention import Attention
 from ..model.config import ModelConfig
 from ..model.layers import Linear
 from ..model.moe import Experts
-from ..model.precision import IndexRounding, RoundedWeight
+from ..model.precision import CastWeight, IndexRounding, RoundedWeight
 from ..model.shapes import tensor_shapes
 from ..model.transformer import Transformer
 from ..optim.schedule import Compute
-from .transformer_engine import UNIT, BlockScaledExperts, block_scaling, why_not
+from .transformer_engine import UNIT, BlockScaledExperts, BlockScaling, block_scaling, why_not
 
 if TYPE_CHECKING:  # at run time it would need hydra, and benchmarks run where there is none
     from .config import PrecisionConfig
@@ -39,7 +39,7 @@ def apply_precision(model: Transformer, config: "PrecisionConfig", compute: Comp
     model.compute_dtype = DTYPES[config.streams if low else compute]
     device = model.embed.weight.device
     accelerated = low and why_not(device, config.streams) is None
-    fp8, fp4 = (_modules(model, stored) for stored in ("fp8", "fp4"))
+    fp8, fp4 = (_modules(model, stored).values() for stored in ("fp8", "fp4"))
     for module in fp8:
         assert isinstance(module, Linear)
         module.rounded = RoundedWeight(model.gauge) if low else None
@@ -60,6 +60,25 @@ def apply_precision(model: Transformer, config: "PrecisionConfig", compute: Comp
                 module.compressor.simulate = kv
             if module.indexer is not None:
                 module.indexer.simulate = module.indexer.compressor.simulate = index
+
+
+def held_values(model: Transformer) -> dict[str, CastWeight | RoundedWeight]:
+    """By parameter, what makes of it all that products need: of matrices that are released in FP8 or FP4, where the
+    products are in bfloat16 or of FP8 numbers that bfloat16 holds. All other parameters are needed in float32."""
+    if model.compute_dtype != torch.bfloat16:
+        return {}
+    makers: dict[str, CastWeight | RoundedWeight] = {}
+    for stored in ("fp8", "fp4"):
+        for name, module in _modules(model, stored).items():
+            if isinstance(module, Experts):
+                three = zip(("w1", "w3", "w2"), module.rounded, strict=True) if module.rounded else module.casts.items()
+                makers |= {f"{name}.{matrix}": maker for matrix, maker in three}
+            else:
+                assert isinstance(module, Linear)
+                rounded = module.rounded.rounded if isinstance(module.rounded, BlockScaling) else module.rounded
+                assert rounded is None or isinstance(rounded, RoundedWeight)
+                makers[f"{name}.weight"] = rounded or module.cast
+    return makers
 
 
 def describe_precision(config: "PrecisionConfig", compute: Compute | None, device: torch.device) -> str:
@@ -95,8 +114,8 @@ def precision_table(config: ModelConfig) -> list[tuple[str, str, str, str]]:
     return [(", ".join(names), *key[1:]) for key, names in rows.items()]
 
 
-def _modules(model: Transformer, stored: str) -> list[nn.Module]:
-    """The modules that hold what the instruct models are released in as FP8 (or FP4), each once."""
+def _modules(model: Transformer, stored: str) -> dict[str, nn.Module]:
+    """The modules that hold what the instruct models are released in as FP8 (or FP4), by name."""
     names = {s.parameter.removesuffix(".weight") for s in tensor_shapes(model.config) if s.stored == stored}
     owners = {name.rpartition(".")[0] if stored == "fp4" else name for name in names}
-    return [model.get_submodule(name) for name in sorted(owners)]
+    return {name: model.get_submodule(name) for name in sorted(owners)}
