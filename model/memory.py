@@ -3,7 +3,7 @@
 ``training_memory`` walks through a step (forward pass, losses, backward pass, update) with the sizes of ``activations``
 and tells what is alive where the sum is largest; nothing is built, torch is not imported. On a CPU the result has been
 compared with measurements (``tests/test_memory_plan.py``). Measured are one process, all dtypes that run today, all
-recomputations. Many GPUs are calculated with bfloat16 weights, which openv4 does not hold yet (``docs/cluster.md``).
+recomputations; of many processes the weights (``tests/test_held_weights.py``).
 """
 
 from dataclasses import dataclass
@@ -101,16 +101,17 @@ def training_memory(
     """Memory of a GPU, or of the process on a CPU, at the fullest moment of a step after the first; items add up to it.
 
     One process: weights, gradients and optimizer state in float32, weights cast to bfloat16 where they are used; frozen
-    ones under LoRA as ``base`` says. Many GPUs (planned): weights in the dtype of ``compute`` and float32 gradients, of
-    what is not a routed expert on each of them, of routed experts over ``layout.expert``; float32 weights and optimizer
-    state with the owner of each matrix, out of all GPUs for dense ones and out of those that hold the same experts.
+    ones under LoRA as ``base`` says. Many GPUs: weights and float32 gradients, of what is no routed expert on each of
+    them, of routed experts over ``layout.expert``; optimizer state with the owner of each matrix, out of all GPUs for
+    dense ones and out of those that hold the same experts. On bfloat16 streams, matrices that are released in FP8 or
+    FP4 are held in bfloat16, and with their owners in float32 as well.
 
     Args:
         length: tokens of a row, which ``layout.context`` GPUs share.
         rows: of one forward and backward pass.
         compute: fp8 and fp4_qat keep what their ``streams`` would, and the rounded weights in that dtype, once for all
             micro-batches (Transformer Engine: FP8 twice, by rows and by columns, which is as much as bf16). On many
-            GPUs they take the place of the weights in the dtype of ``compute``.
+            GPUs, of bf16 streams, they take the place of the weights.
         matrices: the optimizer of matrices, as in ``OptimConfig``.
         mtp: the MTP block is trained; its weights are there either way, if the config has it.
         indexer: the indexers' loss is computed; in an indexer warm-up it always is.
@@ -130,9 +131,10 @@ def training_memory(
         mtp, indexer = mtp and attention != "indexer_warmup", attention == "indexer_warmup"
     low = compute in ("fp8", "fp4_qat")
     width = 4 if (streams if low else compute) == "fp32" else 2
-    held: Format = "bf16" if width < 4 and layout.gpus > 1 else "fp32"
+    held: Format = "fp32"
     if lora is not None:
         held = release if base == "released" else base
+    owned = width < 4 and layout.gpus > 1 and lora is None  # owners alone have all in float32
     own = {"fp32": 4, "bf16": 2}.get(held)  # bytes of a number in the dtype of linear maps; None: quantised
     work = Work(
         config=config,
@@ -144,15 +146,16 @@ def training_memory(
         width=width,
         device=device,
         context=layout.context,
-        casts=width if own not in (None, width) and not low else 0,
+        casts=width if own not in (None, width) and not low and not owned else 0,
         wide_casts=4 if held != "fp32" else 0,
         dequantized=own is None,
         lora=lora,
         tile=FP8_TILE if low else TILE,
     )
-    step = _Step(work, layout, matrices, recompute, mtp and config.num_nextn_predict_layers > 0, micro_batches, held)
+    trained_mtp = mtp and config.num_nextn_predict_layers > 0
+    step = _Step(work, layout, matrices, recompute, trained_mtp, micro_batches, held, owned)
     step.hold_weights()
-    if low and held == "fp32":
+    if low and held == "fp32" and not owned:
         step.hold_rounded()
     step.run(threads or cpu_count() or 1)
     items = [MemoryItem(name, size, step.how(name)) for name, size in step.tally.fullest.items() if size > 0.5]
@@ -204,9 +207,10 @@ class _Step:
         mtp: bool,
         micro_batches: int,
         held: Format,
+        owned: bool,
     ) -> None:
         self.work, self.layout, self.matrices, self.recompute = work, layout, matrices, recompute
-        self.mtp, self.held, self.config = mtp, held, work.config
+        self.mtp, self.held, self.owned, self.config = mtp, held, owned, work.config
         self.tally = _Tally()
         self.warmup = work.attention == "indexer_warmup"
         self.accumulates = micro_batches > 1
@@ -252,15 +256,18 @@ class _Step:
         c, w, tally = self.config, self.work, self.tally
         for s in tensor_shapes(c):
             kind = "routed experts" if s.part == "routed experts" else "other weights"
-            tally.hold(kind, self._here(s, tensor_bytes(s, self.held)))
+            if self.owned and s.stored in ("fp8", "fp4"):
+                tally.hold(kind, self._here(s, 2.0 * s.numel))
+                tally.hold("optimizer state", 4.0 * s.numel / self.layout.gpus)
+            else:
+                tally.hold(kind, self._here(s, tensor_bytes(s, self.held)))
         for s in adapter_shapes(c, w.lora) if w.lora else ():
             tally.hold("adapters", self._here(s, 4.0 * s.numel))
         for s in self.learning:
             if w.lora:  # a few adapters are on every GPU with their moments
                 tally.hold("optimizer state", self._here(s, 8.0 * s.numel))
             else:  # over all GPUs, or over those that hold the same experts
-                own = optimizer_bytes(s, self.matrices) + (4 * s.numel if self.held == "bf16" else 0)
-                tally.hold("optimizer state", own / self.layout.gpus)
+                tally.hold("optimizer state", optimizer_bytes(s, self.matrices) / self.layout.gpus)
         if self.accumulates:
             tally.hold(GRADIENTS, sum(self.gradients.values()))
         ratios = set(c.compress_ratios) - {0}
@@ -413,7 +420,7 @@ class _Step:
     def how(self, name: str) -> str:
         """The calculation of an item, in words."""
         w, layout, c = self.work, self.layout, self.config
-        many = layout.gpus > 1
+        many, rest = layout.gpus > 1, "embedding, head, router, compressors, mHC, norms"
         compute = "float32" if w.width == 4 else "bf16"
         kept = {
             "none": "all that the backward pass asks for",
@@ -421,15 +428,17 @@ class _Step:
             "full": "one block is replayed",
         }[self.recompute]
         sentences = {
-            "routed experts": f"{self.held}" + (f", {w.experts} of {c.n_routed_experts} experts" if many else ""),
-            "other weights": f"{self.held}" + (", on every GPU" if many else ""),
+            "routed experts": f"{'bf16' if self.owned else self.held}"
+            + (f", {w.experts} of {c.n_routed_experts} experts" if many else ""),
+            "other weights": (f"bf16; {rest} fp32" if self.owned else f"{self.held}")
+            + (", on every GPU" if many else ""),
             "rounded weights": f"FP8 values in {compute}, made once a step",
             "adapters": "float32",
             "optimizer state": "AdamW: two moments, float32"
             if w.lora or self.matrices == "adamw"
             else "float32: Muon's momentum, AdamW's two moments"
-            + (", weights" if self.held == "bf16" else "")
-            + (", each with one owner (planned)" if many else ""),
+            + (", weights held in bf16" if self.owned else "")
+            + (", each with one owner" if many else ""),
             GRADIENTS: "float32, of the weights so far and of the streams",
             "batch": f"{w.tokens:,} tokens, their documents and rotations",
             INPUTS: f"T S D x {w.width} ({compute}) for each block whose backward pass is to come",

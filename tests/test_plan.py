@@ -34,6 +34,7 @@ from openv4.train.planning import (
     stage_bytes,
     why_impossible,
 )
+from openv4.train.precision import held_values
 
 SMALL_GPU = ["gpu.memory_gb=6.8", "gpu.per_node=4", "model=small", "run=smoke"]
 
@@ -212,10 +213,12 @@ def test_exchange_of_gradients() -> None:
     sent = {t.name: t.link + t.network for t in found.traffic}
     with torch.device("meta"):
         model = Transformer(run.model)
-    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
-    dense = sum(p.numel() for p in model.parameters()) - experts
-    assert sent["dense gradients and weights"] == pytest.approx((4 + 2) * dense * 3 / 4)
-    assert sent["experts' gradients and weights"] == pytest.approx((4 + 2) * experts / 2 * 1 / 2)
+    model.compute_dtype = torch.bfloat16
+    held = held_values(model)  # what a run sends in bfloat16
+    sizes = {name: (4 + (2 if name in held else 4)) * p.numel() for name, p in model.named_parameters()}
+    experts = sum(size for name, size in sizes.items() if ".experts." in name)
+    assert sent["dense gradients and weights"] == pytest.approx((sum(sizes.values()) - experts) * 3 / 4)
+    assert sent["experts' gradients and weights"] == pytest.approx(experts / 2 * 1 / 2)
 
 
 @pytest.mark.parametrize("seed", range(4))

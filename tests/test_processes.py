@@ -100,6 +100,22 @@ def test_resumes_on_other_numbers_of_processes(
     assert rows(output)[4]["train/loss"] == pytest.approx(rows(spread_run)[4]["train/loss"], rel=1e-6)
 
 
+def test_goes_on_where_owners_alone_have_weights(small_data: Path, tmp_path: Path) -> None:
+    """In bfloat16 (test_held_weights). Stopped and resumed, through a change of precision: the same bits; and one
+    process goes on from there."""
+    mixed = [*spread(2, 2), "precision=bf16", "stages.1.compute=fp4_qat", "stability.check_every=1"]
+    for output, steps in ((tmp_path / "whole", ()), (tmp_path / "parts", ("steps=4",)), (tmp_path / "parts", ())):
+        result = run(small_data, output, "checkpoint.every=4", "checkpoint.asynchronous=true", *mixed, *steps)
+        assert result.returncode == 0, result.stderr
+    ours, theirs = (contents(tmp_path / name / "checkpoints") for name in ("parts", "whole"))
+    assert ours == theirs
+    assert [row["train/loss"] for row in rows(tmp_path / "parts")] == [
+        row["train/loss"] for row in rows(tmp_path / "whole")
+    ]
+    result = run(small_data, tmp_path / "parts", *mixed, *spread(1, 1), f"steps={STEPS + 2}")
+    assert result.returncode == 0 and f"resumed at step {STEPS}" in result.stdout, result.stderr
+
+
 @pytest.mark.slow
 def test_from_four_processes_to_others(small_data: Path, alone: Path, tmp_path: Path) -> None:
     """Each with one expert; the first steps have rows for two of them. Saved, and gone on with by 1, by 2 with two

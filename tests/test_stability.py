@@ -469,6 +469,14 @@ def test_on_two_processes(
     assert_restored(run)
 
 
+def test_goes_back_where_owners_alone_have_weights(
+    small_data: Path, read: dict[int, list[Rows]], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    train_together(small_data, run, read[SPIKE][0], 2, "precision=bf16", "stages.0.attention=sparse")
+    assert_restored(run)
+
+
 @pytest.mark.slow
 def test_zero_goes_back(small_data: Path, read: dict[int, list[Rows]], tmp_path: Path) -> None:
     run = tmp_path / "run"

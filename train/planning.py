@@ -298,13 +298,16 @@ def _traffic(
         how = "every entry to the other ranks of its row, the last window to the next; gradients back"
         yield Traffic("compressed entries, windows", sent * near, sent * (1 - near), how)
     group = layout.gpus // layout.expert
-    dense = sum(s.numel for s in _trained(run, stage) if s.copies == 1)
-    experts = sum(s.numel for s in _trained(run, stage) if s.copies > 1) / layout.expert
+    # Float32 gradients to the owner; from it what is multiplied with.
+    sizes = [(s, s.numel * (4 + (width if s.stored in ("fp8", "fp4") else 4))) for s in _trained(run, stage)]
+    dense = sum(size for s, size in sizes if s.copies == 1)
+    experts = sum(size for s, size in sizes if s.copies > 1) / layout.expert
     how = f"float32 gradients to the owner, new weights from it: {4 + width} bytes each"
     if dense and layout.gpus > 1:
-        yield Traffic("dense gradients and weights", *spread(layout.gpus, (4 + width) * dense), how)
+        most = how if width == 4 else f"{how}, 8 of embedding, head and what else is float32"
+        yield Traffic("dense gradients and weights", *spread(layout.gpus, dense), most)
     if experts and group > 1:
-        yield Traffic("experts' gradients and weights", *spread(group, (4 + width) * experts, layout.expert), how)
+        yield Traffic("experts' gradients and weights", *spread(group, experts, layout.expert), how)
 
 
 class Exchange(NamedTuple):
