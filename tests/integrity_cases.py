@@ -10,7 +10,7 @@ from model_cases import random_model
 from parallel_cases import Case
 from torch import Tensor, nn
 
-from openv4.train.config import IntegrityError, ParallelConfig, StabilityConfig
+from openv4.train.config import IntegrityError, ParallelConfig, PrecisionConfig, StabilityConfig
 from openv4.train.integrity import IntegrityChecks
 from openv4.train.loop import loss_alone, training_step
 from openv4.train.parallel import Alone, Together
@@ -24,7 +24,7 @@ UNTOUCHED = [
 
 
 def flip(tensor: Tensor, element: int, bit: int) -> None:
-    """Flips a bit of a float32 tensor, in place."""
+    """Flips a bit of a tensor, in place; two bytes make one number of four here."""
     with torch.no_grad():
         tensor.view(-1).view(torch.int32)[element] ^= 1 << bit if bit < 31 else -(2**31)
 
@@ -41,14 +41,17 @@ def fault(model: nn.Module, wrong: Callable[[int], bool]) -> None:
     model.get_submodule("norm").register_forward_hook(add)
 
 
-def flipped(expert: int, name: str, when: int) -> str:
-    """What a process is told after six steps, in one of which a bit of rank 1's tensor changes."""
+def flipped(expert: int, name: str, when: int, precision: PrecisionConfig | None = None) -> str:
+    """What a process is told after six steps, in one of which a bit of rank 1's tensor changes. With ``precision``,
+    owners alone have float32 weights."""
     model, processes, checks, step = _begin(expert, StabilityConfig(check_every=2))
+    if precision is not None:
+        processes.set_precision(model, precision)
     try:
         for number in range(6):
             checks.before_step(number, lambda: torch.zeros(()))
             if number == when and processes.rank == 1:
-                flip(dict([*model.named_parameters(), *model.named_buffers()])[name], 3, 4)
+                flip(dict(processes.copies(model))[name], 3, 4)
             step()
     except IntegrityError as error:
         return str(error)
@@ -118,6 +121,7 @@ def run_all() -> dict[str, Any]:
     return {
         "untouched": untouched,
         "weight": flipped(1, "layers.0.attn.wq_a.weight", 4),
+        "bf16 weight": flipped(1, "layers.0.attn.wq_a.weight", 4, PrecisionConfig("bf16", "bf16")),
         "sent again": flipped(1, "layers.0.attn.wq_a.weight", 3),
         "bias": flipped(2, "layers.0.ffn.gate.bias", 3),
         "expert": flipped(2, "layers.0.ffn.experts.w1", 4),

@@ -227,7 +227,12 @@ def test_a_repetition_leaves_no_trace(found: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("case", "tensor"), [("weight", "layers.0.attn.wq_a.weight"), ("bias", "layers.0.ffn.gate.bias")]
+    ("case", "tensor"),
+    [
+        ("weight", "layers.0.attn.wq_a.weight"),
+        ("bf16 weight", "layers.0.attn.wq_a.weight"),
+        ("bias", "layers.0.ffn.gate.bias"),
+    ],
 )
 def test_a_flipped_bit_is_found_by_both(case: str, tensor: str, found: list[dict[str, Any]]) -> None:
     first, second = (rank[case] for rank in found)
