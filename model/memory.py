@@ -256,7 +256,7 @@ class _Step:
         c, w, tally = self.config, self.work, self.tally
         for s in tensor_shapes(c):
             kind = "routed experts" if s.part == "routed experts" else "other weights"
-            if self.owned and s.stored in ("fp8", "fp4"):
+            if self.owned and s.quantized:
                 tally.hold(kind, self._here(s, 2.0 * s.numel))
                 tally.hold("optimizer state", 4.0 * s.numel / self.layout.gpus)
             else:
@@ -278,7 +278,7 @@ class _Step:
     def hold_rounded(self) -> None:
         """Weights rounded to FP8, or to FP4 that FP8 holds, of the blocks that run."""
         for s in tensor_shapes(self.config):
-            if s.stored in ("fp8", "fp4") and (self.mtp or not s.in_mtp):
+            if s.quantized and (self.mtp or not s.in_mtp):
                 self.tally.hold("rounded weights", self._here(s, self.work.width * s.numel))
 
     def run(self, threads: int) -> None:

@@ -111,7 +111,7 @@ class Experts(nn.Module):
         if scale is not None:
             return Quantized(matrices, scale)
         held = self.casts[name].held  # else the products cast, and keep no copy for the backward pass
-        return matrices if held is None or self.rounded else self.casts[name](matrices, held.dtype)
+        return matrices if held is None else self.casts[name](matrices, held.dtype)
 
 
 class Dispatcher(Protocol):

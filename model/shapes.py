@@ -75,6 +75,11 @@ class Shape:
         return ".lora." in self.name
 
     @property
+    def quantized(self) -> bool:
+        """Released in FP8 or FP4: multiplies in the dtype of the streams, or as FP8 numbers."""
+        return self.stored in ("fp8", "fp4")
+
+    @property
     def matrix(self) -> bool:
         """A matrix that hidden vectors are multiplied by, which Muon trains: no table, bias, vector or adapter."""
         tables = self.part in ("embedding", "head") or self.name.endswith(".ape") or self.adapter

@@ -299,7 +299,7 @@ def _traffic(
         yield Traffic("compressed entries, windows", sent * near, sent * (1 - near), how)
     group = layout.gpus // layout.expert
     # Float32 gradients to the owner; from it what is multiplied with.
-    sizes = [(s, s.numel * (4 + (width if s.stored in ("fp8", "fp4") else 4))) for s in _trained(run, stage)]
+    sizes = [(s, s.numel * (4 + (width if s.quantized else 4))) for s in _trained(run, stage)]
     dense = sum(size for s, size in sizes if s.copies == 1)
     experts = sum(size for s, size in sizes if s.copies > 1) / layout.expert
     how = f"float32 gradients to the owner, new weights from it: {4 + width} bytes each"

@@ -101,7 +101,7 @@ def precision_table(config: ModelConfig) -> list[tuple[str, str, str, str]]:
     for s in tensor_shapes(config):
         if s.matrix or s.part in ("embedding", "head"):
             name = s.name.removeprefix(f"{s.block}.").removesuffix(".weight")
-            if s.stored in ("fp8", "fp4"):
+            if s.quantized:
                 low = "FP8", "FP4 held in FP8" if s.stored == "fp4" else "FP8"
             elif s.part == "embedding":
                 low = ("looked up",) * 2
