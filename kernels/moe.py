@@ -80,6 +80,7 @@ def routed_experts(
     limit: float,
     adapters: ExpertAdapters | None = None,
     rounded: tuple[Tensor, Tensor, Tensor] | None = None,
+    cast: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum over each token's experts of weight * expert(x), nothing dropped.
 
@@ -95,13 +96,16 @@ def routed_experts(
         rounded: w1, w3, w2 rounded to FP8, in the dtype of x (``kernels.fp8``); the products are then those of FP8, of
             activations and gradients rounded like those of ``fp8_linear``, groups of 128 tokens counted within an
             expert. The gradients go to w1, w3 and w2, unchanged by the rounding.
+        cast: w1, w3, w2 in the dtype of x, where they were made before; of the arguments w1, w3 and w2 only shapes and
+            dtypes matter then, and gradients go to them.
 
     Returns:
         output ``[M, D]``, at least float32 (experts are summed so), and the share of clamped elements (0-dim).
     """
+    values, fp8 = (cast, False) if rounded is None else (rounded, True)
     dense = all(isinstance(w, Tensor) for w in (w1, w3, w2))
     if dense and adapters is None and ids.numel() and 0 not in w1.shape and implementation(x, weights) == "triton":
-        routed: tuple[Tensor, Tensor] = TritonRoutedExperts.apply(x, ids, weights, w1, w3, w2, limit, rounded)
+        routed: tuple[Tensor, Tensor] = TritonRoutedExperts.apply(x, ids, weights, w1, w3, w2, limit, values, fp8)
         return routed
     # Rows of whole 16 bytes: torch's grouped product asks for them, and with others BLAS sums a row by its place.
     unit = 16 // x.element_size()
@@ -110,10 +114,10 @@ def routed_experts(
     if wide or inner:
         x = F.pad(x, (0, wide))
         w1, w3, w2 = (_padded(w1, inner, wide), _padded(w3, inner, wide), _padded(w2, wide, inner))
-        if rounded is not None:
-            r1, r3, r2 = rounded
-            rounded = F.pad(r1, (0, wide, 0, inner)), F.pad(r3, (0, wide, 0, inner)), F.pad(r2, (0, inner, 0, wide))
-    output, hits = _RoutedExperts.apply(x, ids, weights, w1, w3, w2, limit, rounded, *factors)
+        if values is not None:
+            v1, v3, v2 = values
+            values = F.pad(v1, (0, wide, 0, inner)), F.pad(v3, (0, wide, 0, inner)), F.pad(v2, (0, inner, 0, wide))
+    output, hits = _RoutedExperts.apply(x, ids, weights, w1, w3, w2, limit, values, fp8, *factors)
     return output[:, : output.shape[1] - wide], hits * (w1.shape[1] / (w1.shape[1] - inner))
 
 
@@ -214,7 +218,8 @@ class _Layout(NamedTuple):
 class _RoutedExperts(torch.autograd.Function):
     """Saves the two projections; gathered tokens and hidden activations are made again.
 
-    ``factors``: none, or what ``_factors`` returns; ``rounded``: as for ``routed_experts``.
+    ``values``: what to multiply by in place of w1, w3, w2; ``fp8``: whether these are FP8's, and so are the products;
+    ``factors``: none, or what ``_factors`` returns.
     """
 
     @staticmethod
@@ -227,14 +232,15 @@ class _RoutedExperts(torch.autograd.Function):
         w3: Tensor | Quantized,
         w2: Tensor | Quantized,
         limit: float,
-        rounded: tuple[Tensor, Tensor, Tensor] | None,
+        values: tuple[Tensor, Tensor, Tensor] | None,
+        fp8: bool,
         *factors: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        layout = _Layout.of(ids, w1.shape[0], TILE if rounded is None else FP8_BLOCK)
+        layout = _Layout.of(ids, w1.shape[0], FP8_BLOCK if fp8 else TILE)
         matrices = (w1, w3, w2)
-        v1, v3, v2 = matrices if rounded is None else rounded
+        v1, v3, v2 = values or matrices
         rows = x.index_select(0, layout.source)
-        if rounded is not None:
+        if fp8:
             rows = round_rows(rows)
         gate, up = (layout.times(rows, v, transposed=True) for v in (v1, v3))
         if factors:
@@ -244,14 +250,14 @@ class _RoutedExperts(torch.autograd.Function):
             up.add_(layout.product(low, b3.mT))
         del rows
         hidden = (clamped_swiglu(gate, up, limit) * layout.scatter(weights)).to(x.dtype)
-        down = layout.times(hidden if rounded is None else round_rows(hidden), v2, transposed=True)
+        down = layout.times(round_rows(hidden) if fp8 else hidden, v2, transposed=True)
         if factors:
             down.add_(layout.product(layout.product(hidden, a2.mT), b2.mT))
         output = layout.gather(down)
         hits = clamped_rows(gate, up, limit)[layout.slot].sum() / max(2 * layout.slot.numel() * gate.shape[1], 1)
         learned = (w if isinstance(w, Tensor) else None for w in matrices)
-        ctx.save_for_backward(x, weights, *(learned if rounded is None else rounded), gate, up, *layout, *factors)
-        ctx.rounded = rounded is not None
+        ctx.save_for_backward(x, weights, *(values or learned), gate, up, *layout, *factors)
+        ctx.fp8 = fp8
         ctx.dtypes = [None if isinstance(w, Quantized) else w.dtype for w in matrices]
         ctx.quantized = [None if isinstance(w, Tensor) else w for w in matrices]
         ctx.limit = limit
@@ -266,17 +272,17 @@ class _RoutedExperts(torch.autograd.Function):
         w1, w3, w2 = (w if q is None else q for w, q in zip(learned, ctx.quantized, strict=True))
         layout, factors = _Layout(*layout[: len(_Layout._fields)]), layout[len(_Layout._fields) :]
         _, _, _, w1_learns, w3_learns, w2_learns, *_ = ctx.needs_input_grad  # not those below adapters
-        rows_of = round_rows if ctx.rounded else lambda rows: rows
+        rows_of = round_rows if ctx.fp8 else lambda rows: rows
 
         def weight_gradient(left: Tensor, right: Tensor, index: int) -> Tensor:
-            if ctx.rounded:
+            if ctx.fp8:
                 left, right = round_columns(left).float(), round_columns(right).float()
             return layout.outer(left, right).to(ctx.dtypes[index])
 
         to_w1 = to_w3 = to_w2 = None
         to_factors: tuple[Tensor, ...] = ()
         upper = gradient.to(x.dtype).index_select(0, layout.source)
-        if ctx.rounded:  # what padding repeats would move the scales of its group
+        if ctx.fp8:  # what padding repeats would move the scales of its group
             real = layout.scatter(torch.ones_like(weights, dtype=x.dtype))
             upper = upper * real
         # A row of padding has weight 0: hidden and both slopes are 0 there, whatever token it repeats.
@@ -294,7 +300,7 @@ class _RoutedExperts(torch.autograd.Function):
         to_gate, to_up, to_scale = torch.autograd.grad(hidden, leaves, to_hidden)
         del upper, hidden, to_hidden
         rows = x.index_select(0, layout.source)
-        if ctx.rounded:
+        if ctx.fp8:
             rows = rows * real
         if w1_learns:
             to_w1 = weight_gradient(to_gate, rows, 0)
@@ -307,4 +313,4 @@ class _RoutedExperts(torch.autograd.Function):
             outers = (layout.outer(to_low, rows), layout.outer(to_gate, low), layout.outer(to_up, low))
             to_factors = (*outers, *to_factors)
         to_weights = to_scale[layout.slot].squeeze(-1)
-        return layout.gather(to_rows).to(x.dtype), None, to_weights, to_w1, to_w3, to_w2, None, None, *to_factors
+        return layout.gather(to_rows).to(x.dtype), None, to_weights, to_w1, to_w3, to_w2, None, None, None, *to_factors

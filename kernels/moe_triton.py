@@ -318,7 +318,8 @@ class _Shape(NamedTuple):
 
 
 class TritonRoutedExperts(torch.autograd.Function):
-    """Arguments as of ``kernels.moe.routed_experts``; saves the two projections."""
+    """Arguments as of ``kernels.moe.routed_experts``; saves the two projections. ``values``: what to multiply by in
+    place of w1, w3, w2; ``fp8``: whether these are FP8's, and so are the products."""
 
     @staticmethod
     def forward(
@@ -330,29 +331,30 @@ class TritonRoutedExperts(torch.autograd.Function):
         w3: Tensor,
         w2: Tensor,
         limit: float,
-        rounded: tuple[Tensor, Tensor, Tensor] | None,
+        values: tuple[Tensor, Tensor, Tensor] | None,
+        fp8: bool,
     ) -> tuple[Tensor, Tensor]:
         x, ids, weights = x.contiguous(), ids.contiguous(), weights.contiguous()
         (tokens, width), (experts, inner, _) = x.shape, w1.shape
-        tile = _tile(ids.numel(), experts) if rounded is None else FP8_BLOCK
+        tile = FP8_BLOCK if fp8 else _tile(ids.numel(), experts)
         rows = _sorted_rows(ids, weights, experts, tile)
         shape = _Shape(len(rows.source), tile, experts, x.element_size() == 4)
-        v1, v3, v2 = (w.to(x.dtype).contiguous() for w in ((w1, w3, w2) if rounded is None else rounded))
+        v1, v3, v2 = (w.to(x.dtype).contiguous() for w in (values or (w1, w3, w2)))
         gate, up, hidden = (x.new_empty(shape.rows, inner) for _ in range(3))
         grid, tall, constants = shape.launch(inner, double=True)
         hits = torch.zeros(grid, dtype=torch.int32, device=x.device)
         _gate_up_kernel[grid](
-            x if rounded is None else round_rows(x), v1, v3, rows.source, rows.scales, rows.ends, gate, up, hidden,
+            round_rows(x) if fp8 else x, v1, v3, rows.source, rows.scales, rows.ends, gate, up, hidden,
             hits, tokens, width, inner, experts, tall, float(limit), CLAMP=limit > 0, **constants,
         )  # fmt: skip
-        if rounded is not None:
+        if fp8:
             hidden = round_rows(hidden)
         down = x.new_empty(shape.rows, width)
         grid, tall, constants = shape.launch(width, double=False)
         _down_kernel[grid](hidden, v2, rows.ends, down, width, inner, experts, tall, **constants)
         output = _combined(down, rows.slot, torch.float32)
-        ctx.save_for_backward(x, *((w1, w3, w2) if rounded is None else rounded), gate, up, *rows)
-        ctx.shape, ctx.limit, ctx.rounded = shape, limit, rounded is not None
+        ctx.save_for_backward(x, *(values or (w1, w3, w2)), gate, up, *rows)
+        ctx.shape, ctx.limit, ctx.fp8 = shape, limit, fp8
         ctx.dtypes = weights.dtype, w1.dtype, w3.dtype, w2.dtype
         share = hits.sum() / (2 * ids.numel() * inner)
         ctx.mark_non_differentiable(share)
@@ -372,7 +374,7 @@ class TritonRoutedExperts(torch.autograd.Function):
         grid, tall, constants = shape.launch(inner, double=True)  # the slopes need registers as well
         to_scales = x.new_empty(grid[0] // tall, shape.rows, dtype=torch.float32)
         _to_hidden_kernel[grid](
-            round_rows(upper) if ctx.rounded else upper, v2, rows.source, rows.scales, rows.ends, gate, up, hidden,
+            round_rows(upper) if ctx.fp8 else upper, v2, rows.source, rows.scales, rows.ends, gate, up, hidden,
             to_gate, to_up, to_scales, tokens, width, inner, experts, tall, float(ctx.limit),
             CLAMP=ctx.limit > 0, **constants,
         )  # fmt: skip
@@ -386,25 +388,25 @@ class TritonRoutedExperts(torch.autograd.Function):
         upper_of: _Operand = (upper, rows.source)
         _, _, _, *learns = ctx.needs_input_grad[:6]
         outer = _Outer(rows.ends, tokens, dtypes)
-        if ctx.rounded and any(learns):
+        if ctx.fp8 and any(learns):
             tokens_of = round_columns(_gathered(x, rows.source)), None
             upper_of = round_columns(_gathered(upper, rows.source)), None
             hidden = round_columns(hidden)
-        left_gate, left_up = ((round_columns(t) if ctx.rounded else t, None) for t in (to_gate, to_up))
+        left_gate, left_up = ((round_columns(t) if ctx.fp8 else t, None) for t in (to_gate, to_up))
         to_w1 = outer(left_gate, tokens_of, 0) if learns[0] else None
         to_w3 = outer(left_up, tokens_of, 1) if learns[1] else None
         to_w2 = outer(upper_of, (hidden, None), 2) if learns[2] else None
         del hidden, left_gate, left_up, tokens_of, upper_of
 
         if not ctx.needs_input_grad[0]:
-            return None, None, to_weights, to_w1, to_w3, to_w2, None, None
-        if ctx.rounded:
+            return None, None, to_weights, to_w1, to_w3, to_w2, None, None, None
+        if ctx.fp8:
             to_gate, to_up = round_rows(to_gate), round_rows(to_up)
         to_rows = x.new_empty(shape.rows, width)
         grid, tall, constants = shape.launch(width, double=False)
         _to_rows_kernel[grid](to_gate, to_up, v1, v3, rows.ends, to_rows, width, inner, experts, tall, **constants)
         to_x = _combined(to_rows, rows.slot, x.dtype)
-        return to_x, None, to_weights, to_w1, to_w3, to_w2, None, None
+        return to_x, None, to_weights, to_w1, to_w3, to_w2, None, None, None
 
 
 class _Outer(NamedTuple):

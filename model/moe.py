@@ -82,7 +82,7 @@ class Experts(nn.Module):
         for name in ("w1", "w2", "w3"):
             self.register_buffer(f"{name}_scale", None)
         self.lora: nn.Module | None = None
-        self.casts = {name: CastWeight() for name in ("w1", "w2", "w3")}
+        self.casts = {name: CastWeight() for name in ("w1", "w3", "w2")}
         self.rounded: tuple[RoundedWeight, ...] = ()
         self.engine: Callable[..., tuple[Tensor, Tensor]] | None = None
         self.limit = config.swiglu_limit
@@ -93,12 +93,12 @@ class Experts(nn.Module):
             return self.engine(x, ids, weights, self.w1, self.w3, self.w2)
         adapters = None if self.lora is None else self.lora()
         w1, w3, w2 = (self._matrices(name) for name in ("w1", "w3", "w2"))
-        rounded = None
+        rounded, held = None, tuple(cast.held for cast in self.casts.values() if cast.held is not None)
         if self.rounded:
             self.rounded[0].count_activations(x)
             r1, r3, r2 = self.rounded
             rounded = r1.values(self.w1, x.dtype), r3.values(self.w3, x.dtype), r2.values(self.w2, x.dtype)
-        return routed_experts(x, ids, weights, w1, w3, w2, self.limit, adapters, rounded)
+        return routed_experts(x, ids, weights, w1, w3, w2, self.limit, adapters, rounded, held or None)  # type: ignore[arg-type]
 
     def hold_quantized(self, name: str, codes: Tensor, scale: Tensor) -> None:
         """Replaces the parameter ``name`` by buffers: stacked codes and scales as in ``kernels.quantize``."""
@@ -108,10 +108,7 @@ class Experts(nn.Module):
 
     def _matrices(self, name: str) -> Tensor | Quantized:
         matrices, scale = getattr(self, name), getattr(self, f"{name}_scale")
-        if scale is not None:
-            return Quantized(matrices, scale)
-        held = self.casts[name].held  # else the products cast, and keep no copy for the backward pass
-        return matrices if held is None else self.casts[name](matrices, held.dtype)
+        return matrices if scale is None else Quantized(matrices, scale)
 
 
 class Dispatcher(Protocol):

@@ -27,8 +27,11 @@ def draw(tokens: int, experts: int = 5, k: int = 2, widths: str = "aligned", see
     return [normal(tokens, hidden), ids, weights, w1, w3, normal(experts, hidden, inner) * inner**-0.5]
 
 
-def run(arguments: list[Tensor], limit: float, *dtypes: torch.dtype, reference: bool = False) -> dict[str, Tensor]:
-    """Output, all gradients and, of ours, the clamped share. ``dtypes``: of x and of the rest."""
+def run(
+    arguments: list[Tensor], limit: float, *dtypes: torch.dtype, reference: bool = False, cast: bool = False
+) -> dict[str, Tensor]:
+    """Output, all gradients and, of ours, the clamped share. ``dtypes``: of x and of the rest; ``cast``: matrices are
+    given in the dtype of x, and in the other one as shapes without numbers."""
     x, ids, *others = arguments
     x = x.detach().to(dtypes[0]).requires_grad_()
     weights, w1, w3, w2 = (t.detach().to(dtypes[-1]).requires_grad_() for t in others)
@@ -36,7 +39,11 @@ def run(arguments: list[Tensor], limit: float, *dtypes: torch.dtype, reference: 
     if reference:
         result["output"] = routed_experts_reference(x, ids, weights, w1, w3, w2, limit)
     else:
-        result["output"], result["clamped"] = routed_experts(x, ids, weights, w1, w3, w2, limit)
+        values = None
+        if cast:
+            values = w1.detach().to(x.dtype), w3.detach().to(x.dtype), w2.detach().to(x.dtype)
+            w1, w3, w2 = (w.new_zeros(()).expand(w.shape).requires_grad_() for w in (w1, w3, w2))
+        result["output"], result["clamped"] = routed_experts(x, ids, weights, w1, w3, w2, limit, cast=values)
         assert not result["clamped"].requires_grad
     # Numbers that bfloat16 holds, so that every dtype gets the same.
     upper = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).bfloat16()

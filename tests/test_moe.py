@@ -44,6 +44,14 @@ def test_equals_the_reference_on_four_thousand_tokens() -> None:
     check(draw(4097, 7, 3))
 
 
+@pytest.mark.parametrize("widths", WIDTHS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_matrices_that_were_cast_before(widths: str, dtype: torch.dtype) -> None:
+    """The same bits as if they had been cast here."""
+    wanted, found = (run(draw(90, widths=widths), 1.0, dtype, torch.float32, cast=cast) for cast in (False, True))
+    assert all(torch.equal(found[name], wanted[name]) and found[name].dtype == wanted[name].dtype for name in wanted)
+
+
 @pytest.mark.parametrize("limit", [0.0, 0.3, 1.0, 100.0])
 @pytest.mark.parametrize("widths", WIDTHS)
 def test_equals_the_reference_for_every_clamp(limit: float, widths: str) -> None:

@@ -52,6 +52,16 @@ def test_several_tiles_of_rows_and_of_columns(limit: float, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("widths", WIDTHS)
+def test_matrices_that_were_cast_before(widths: str) -> None:
+    """The same bits; gradients are not rounded."""
+    arguments = on_device(draw(90, widths=widths))
+    with using("triton"), poisoned():
+        wanted, found = (run(arguments, 1.0, torch.bfloat16, torch.float32, cast=cast) for cast in (False, True))
+    assert all(torch.equal(found[name], wanted[name]) and found[name].dtype == wanted[name].dtype for name in wanted)
+    assert not torch.equal(found["w1"], found["w1"].bfloat16().float())
+
+
+@pytest.mark.parametrize("widths", WIDTHS)
 def test_bfloat16(widths: str) -> None:
     """Nothing is clamped: a rounding across the kink would switch a slope on or off."""
     arguments = [t if t.dtype == torch.long else t.bfloat16().double() for t in draw(90, widths=widths)]

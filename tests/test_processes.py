@@ -101,8 +101,7 @@ def test_resumes_on_other_numbers_of_processes(
 
 
 def test_goes_on_where_owners_alone_have_weights(small_data: Path, tmp_path: Path) -> None:
-    """In bfloat16 (test_held_weights). Stopped and resumed, through a change of precision: the same bits; and one
-    process goes on from there."""
+    """In bfloat16 (test_held_weights). Stopped and resumed, through a change of precision: the same bits."""
     mixed = [*spread(2, 2), "precision=bf16", "stages.1.compute=fp4_qat", "stability.check_every=1"]
     for output, steps in ((tmp_path / "whole", ()), (tmp_path / "parts", ("steps=4",)), (tmp_path / "parts", ())):
         result = run(small_data, output, "checkpoint.every=4", "checkpoint.asynchronous=true", *mixed, *steps)
@@ -112,8 +111,6 @@ def test_goes_on_where_owners_alone_have_weights(small_data: Path, tmp_path: Pat
     assert [row["train/loss"] for row in rows(tmp_path / "parts")] == [
         row["train/loss"] for row in rows(tmp_path / "whole")
     ]
-    result = run(small_data, tmp_path / "parts", *mixed, *spread(1, 1), f"steps={STEPS + 2}")
-    assert result.returncode == 0 and f"resumed at step {STEPS}" in result.stdout, result.stderr
 
 
 @pytest.mark.slow
