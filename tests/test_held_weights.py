@@ -13,8 +13,11 @@ from openv4.model.shapes import tensor_shapes
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("held_weights")]
 
 # Several blocks of 128 x 128 in a matrix, some of them not full; groups of 32 numbers that are not full.
-WIDE = {"hidden_size": 144, "q_lora_rank": 40, "moe_intermediate_size": 136, "index_head_dim": 8, "qk_rope_head_dim": 4}
-LOW = {"streams": "bf16", "length": 40, "model": WIDE, "steps": 3}
+WIDE = {
+    "hidden_size": 144, "q_lora_rank": 40, "moe_intermediate_size": 136, "index_head_dim": 8, "qk_rope_head_dim": 4,
+    "num_hidden_layers": 1, "layer_types": (), "compress_ratios": (4, 0),
+}  # fmt: skip
+LOW = {"streams": "bf16", "length": 40, "model": WIDE}
 
 CASES = {
     2: [
