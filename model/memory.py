@@ -428,10 +428,9 @@ class _Step:
             "full": "one block is replayed",
         }[self.recompute]
         sentences = {
-            "routed experts": f"{'bf16' if self.owned else self.held}"
+            "routed experts": ("bf16" if self.owned else self.held)
             + (f", {w.experts} of {c.n_routed_experts} experts" if many else ""),
-            "other weights": (f"bf16; {rest} fp32" if self.owned else f"{self.held}")
-            + (", on every GPU" if many else ""),
+            "other weights": (f"bf16; {rest} fp32" if self.owned else self.held) + (", on every GPU" if many else ""),
             "rounded weights": f"FP8 values in {compute}, made once a step",
             "adapters": "float32",
             "optimizer state": "AdamW: two moments, float32"

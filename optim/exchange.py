@@ -255,14 +255,12 @@ class Exchange:
     def _receive(self, work: dist.Work | None, owner: int, parts: _Parts, flat: Tensor) -> None:
         assert work is not None
         work.wait()
-        if owner == self._rank:
-            self._written(parts)
-            return
-        start = 0
-        for name, piece in parts:
-            weights = self._copy(name, piece)
-            weights.copy_(flat[start : start + weights.numel()].view_as(weights))
-            start += weights.numel()
+        if owner != self._rank:
+            start = 0
+            for name, piece in parts:
+                weights = self._copy(name, piece)
+                weights.copy_(flat[start : start + weights.numel()].view_as(weights))
+                start += weights.numel()
         self._written(parts)
 
     def _written(self, parts: _Parts) -> None:

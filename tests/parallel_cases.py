@@ -149,7 +149,8 @@ def of_held_weights(
     """What a checkpoint gets from this process, the bytes of weights that it has, and how much rounding loses."""
     snapshot = processes.snapshot(model, optimizers, TrainState(), None)
     rates = {n: v for n, v in over_processes(report.statistics, processes).items() if n.startswith("precision/")}
-    tensors = [tensor for name, tensor in processes.copies(model) if name in dict(model.named_parameters())]
+    parameters = dict(model.named_parameters())
+    tensors = [tensor for name, tensor in processes.copies(model) if name in parameters]
     tensors += [shard.parameter.detach() for exchange in processes.exchanges for shard in exchange.shards.values()]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return {

@@ -204,6 +204,7 @@ class Together(Alone):
         self._engine: Any = None
         self._client: _Client | None = None
         self._table: list[GroupRow] = []
+        self._precision: tuple[PrecisionConfig, Compute] | None = None  # as it was set last
 
     def total(self, numbers: Tensor) -> Tensor:
         return self._reduced(numbers, dist.ReduceOp.SUM)
@@ -300,20 +301,30 @@ class Together(Alone):
         return {name: _numbers(model, name, shard.first, shard.parameter) for name, shard in shards.items()}
 
     def set_precision(self, model: Transformer, config: PrecisionConfig, compute: Compute | None = None) -> None:
-        for exchange in self.exchanges:
-            exchange.release()
+        wanted = config, compute or config.compute
+        if wanted == self._precision:  # float32 weights need not travel
+            return
+        self._release()
         apply_precision(model, config, compute)
-        for exchange in self.exchanges:
-            exchange.hold(held_values(model))
+        self._hold(model)
+        self._precision = wanted
 
     @contextmanager
     def whole(self, model: Transformer) -> Iterator[None]:
-        held = [exchange for exchange in self.exchanges if exchange.held]
-        for exchange in held:
-            exchange.release()
+        held = any(exchange.held for exchange in self.exchanges)
+        self._release()
         yield
-        for exchange in held:
-            exchange.hold(held_values(model))
+        if held:
+            self._hold(model)
+
+    def _hold(self, model: Transformer) -> None:
+        makers = held_values(model)
+        for exchange in self.exchanges:
+            exchange.hold(makers)
+
+    def _release(self) -> None:
+        for exchange in self.exchanges:
+            exchange.release()
 
     def copies(self, model: Transformer) -> Iterator[tuple[str, Tensor]]:
         held = {name: maker.held for exchange in self.exchanges for name, maker in exchange.held.items()}

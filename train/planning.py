@@ -304,8 +304,8 @@ def _traffic(
     experts = sum(size for s, size in sizes if s.copies > 1) / layout.expert
     how = f"float32 gradients to the owner, new weights from it: {4 + width} bytes each"
     if dense and layout.gpus > 1:
-        most = how if width == 4 else f"{how}, 8 of embedding, head and what else is float32"
-        yield Traffic("dense gradients and weights", *spread(layout.gpus, dense), most)
+        rest = "" if width == 4 else ", 8 of embedding, head and what else is float32"
+        yield Traffic("dense gradients and weights", *spread(layout.gpus, dense), how + rest)
     if experts and group > 1:
         yield Traffic("experts' gradients and weights", *spread(group, experts, layout.expert), how)
 
