@@ -42,9 +42,9 @@ def run(config: TrainConfig) -> None:
 
 
 def start_processes(config: TrainConfig) -> int:
-    """Trains in ``parallel.nproc`` processes on this machine; returns the exit code of the first that failed, or 0.
+    """Trains in ``parallel.nproc`` processes on this machine; returns 0, or the exit code of the one that failed.
 
-    Signals are passed on. Where one process fails, the others are stopped, and it is named.
+    Signals are passed on. Where one process fails, the others are stopped, and it is named (``cause``).
     """
     count = config.parallel.nproc
     with TemporaryDirectory(prefix="openv4-") as folder, socket.socket() as probe:
@@ -85,21 +85,23 @@ def start_processes(config: TrainConfig) -> int:
 
 
 def _watch(children: list[subprocess.Popen[bytes]]) -> int:
-    """Waits until all have ended; says which has failed first."""
+    """Waits until all have ended; says which is why."""
+    ended: dict[int, int] = {}  # exit codes by rank, as they come
     failed, deadline = None, 0.0
-    while any(child.poll() is None for child in children):
-        codes = [child.poll() for child in children]
-        if failed is None:
+    while len(ended) < len(children):
+        for rank, child in enumerate(children):
+            if rank not in ended and (code := child.poll()) is not None:
+                ended[rank] = code
+        now = time.monotonic()
+        if not deadline and any(code not in (0, REQUEUE_EXIT) for code in ended.values()):
             # Who has saved in time waits for nobody, and nobody for it: the others end by themselves.
-            failed = next((rank for rank, code in enumerate(codes) if code not in (None, 0, REQUEUE_EXIT)), None)
-            deadline = time.monotonic() + GRACE
-        if failed is not None and time.monotonic() > deadline:
+            deadline = now + GRACE
+        if deadline and now > deadline:
+            failed = cause(ended) if failed is None else failed  # of those who ended untold
             for child in children:
-                child.terminate() if time.monotonic() < deadline + GRACE else child.kill()
+                child.terminate() if now < deadline + GRACE else child.kill()
         time.sleep(0.05)
-    ended = [child.wait() for child in children]
-    if failed is None:
-        failed = next((rank for rank, code in enumerate(ended) if code), None)
+    failed = cause(ended) if failed is None else failed
     if failed is None:
         return 0
     code = ended[failed]
@@ -109,9 +111,24 @@ def _watch(children: list[subprocess.Popen[bytes]]) -> int:
             f"error: process {failed} of {len(children)} was ended by {name}; the others were stopped", file=sys.stderr
         )
         return 128 - code
-    if len(set(ended)) > 1:
+    if len(set(ended.values())) > 1:
         print(f"error: process {failed} of {len(children)} ended with exit code {code}", file=sys.stderr)
     return code
+
+
+def cause(ended: dict[int, int]) -> int | None:
+    """Which rank, of exit codes in the order they were seen, is why the run ended; None where all is well.
+
+    The others lose their connections to a killed process before the kernel reports its end, and may well be seen to
+    end earlier; so a signal goes before an exit code. Not SIGABRT: with it a communication library ends its own
+    process when another is gone. One that has saved and asks to be started again is the cause only when none failed.
+    """
+
+    def weight(rank: int) -> int:
+        code = ended[rank]
+        return 0 if code < 0 and code != -signal.SIGABRT else 2 if code == REQUEUE_EXIT else 1
+
+    return min((rank for rank, code in ended.items() if code), key=weight, default=None)
 
 
 def die_with_parent() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from run_cases import OVERRIDES, STEPS, contents, rows
 
+from openv4.launch import train as launch
 from openv4.train.metrics import read_lines
 
 pytestmark = pytest.mark.xdist_group("processes")
@@ -32,6 +33,34 @@ def start(data: Path, output: Path, *overrides: str) -> "subprocess.Popen[str]":
 def child_of(pid: int, rank: int) -> int:
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return int(next(c for c in children if f"RANK={rank}" in Path(f"/proc/{c}/environ").read_text().split("\0")))
+
+
+ENDS = {
+    "all is well": ("exit 0", "exit 0", "exit 0", 0, ""),
+    "all refused": ("exit 2", "exit 2", "exit 2", 2, ""),
+    "one failed": ("sleep 60", "exit 1", "sleep 60", 1, "1 of 3 ended with exit code 1"),
+    "killed, and seen last": ("exit 1", "exit 1", "sleep 0.2; kill -9 $$", 137, "2 of 3 was ended by SIGKILL"),
+    "killed, and seen first": ("sleep 0.2; exit 1", "kill -9 $$", "sleep 60", 137, "1 of 3 was ended by SIGKILL"),
+    "aborted by a lost peer": ("kill -6 $$", "sleep 60", "sleep 0.2; kill -11 $$", 139, "2 of 3 was ended by SIGSEGV"),
+    "aborted by a failed peer": ("sleep 0.2; kill -6 $$", "sleep 60", "exit 1", 1, "2 of 3 ended with exit code 1"),
+    "aborted by itself": ("sleep 60", "kill -6 $$", "sleep 0.2; exit 1", 134, "1 of 3 was ended by SIGABRT"),
+    "told to end": ("sleep 60", "sleep 0.2; exit 1", "sleep 60", 1, "1 of 3 ended with exit code 1"),
+    "deaf when told to end": ("trap '' 15; sleep 9; sleep 9", "exit 1", "exit 0", 1, "1 of 3 ended with exit code 1"),
+    "saved in time": ("exit 85", "sleep 0.2; exit 85", "exit 85", 85, ""),
+    "one saved, one failed": ("exit 85", "sleep 0.2; exit 1", "exit 85", 1, "1 of 3 ended with exit code 1"),
+}
+
+
+@pytest.mark.parametrize("case", ENDS)
+def test_which_process_is_named(case: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """F3: who is killed is often seen to end after those who lost the connection to it."""
+    monkeypatch.setattr(launch, "GRACE", 0.5)
+    *commands, code, text = ENDS[case]
+    begun = time.monotonic()
+    assert launch._watch([subprocess.Popen(["bash", "-c", str(command)]) for command in commands]) == code
+    assert time.monotonic() - begun < 8
+    told = capsys.readouterr().err
+    assert str(text) in told and bool(text) == bool(told)
 
 
 @pytest.mark.slow
