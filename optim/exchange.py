@@ -3,7 +3,8 @@
 A parameter is held by all processes of a group. When its gradient is complete in each, they send it to its owner, who
 adds the parts up in the order of the ranks, in float32: two runs are equal to the bit, and so are results on any
 network. Parameters travel in buckets, from the last layer to the first, while the backward pass still works on earlier
-ones. After the update the owners send the new weights back.
+ones. After the update the owners send the new weights back, from the first layer to the last, while the forward pass
+already works on earlier ones.
 
 Of what is multiplied in bfloat16 or FP8, the owners alone have float32 weights (``hold``). They cast or round them for
 all, and send what products need, in bfloat16; the model's parameters are then shapes without numbers, whose gradients
@@ -13,13 +14,13 @@ are float32 as before. Nothing is computed differently.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Collection, Container, Iterator, Mapping
 from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
 
 from .ownership import Piece
 
@@ -82,6 +83,11 @@ class Exchange:
         self._watched = False
         self._ready: set[str] = set()
         self._under_way: list[_Bucket] = []
+        self._waited_for: set[str] = set()  # by the modules of `deliver`
+        self._shipments: list[_Parts] = []  # of new weights, in the order in which all processes send and receive
+        self._last: dict[str, int] = {}  # how many of them must be in for a parameter to be whole
+        self._received = 0
+        self._coming: deque[tuple[dist.Work | None, Tensor]] = deque()  # those that follow, as far as they are sent
         self._generator = torch.Generator(next((p.device for p in parameters.values()), None))
         for name, parameter in parameters.items():
             parameter.register_post_accumulate_grad_hook(lambda _, name=name: self._arrived(name))
@@ -141,6 +147,7 @@ class Exchange:
 
         Which parameters have one must be the same in all processes of the group: it follows from the stage alone.
         """
+        self.settle()  # also what no forward pass has asked for
         held = {name for name, parameter in self._parameters.items() if parameter.grad is not None}
         while len(self._under_way) < len(self._buckets):
             self._send(held.intersection(self._buckets[len(self._under_way)]))
@@ -177,6 +184,7 @@ class Exchange:
     def hold(self, makers: Mapping[str, Maker]) -> None:
         """From now on the model has, of these parameters that are here, what is made of them in place of float32
         weights. These must be the same in all processes."""
+        self.settle()
         for name, parameter in self._parameters.items():
             maker, shard = makers.get(name), self.shards.get(name)
             if maker is None:
@@ -194,6 +202,7 @@ class Exchange:
     @torch.no_grad()
     def release(self) -> None:
         """Gives all processes their float32 weights back."""
+        self.settle()
         held, self.held = self.held, {}
         for name, maker in held.items():
             maker.hold(None)
@@ -204,42 +213,77 @@ class Exchange:
                     shard, part = self.shards[name].parameter, _part(parameter.detach(), piece)
                     shard.data = part.copy_(shard.detach())
         self._send_weights(set(held))
+        self.settle()
+
+    def deliver(self, modules: Mapping[Module, tuple[str, ...]]) -> None:
+        """Lets new weights arrive as late as the call of the module that needs them.
+
+        Whatever reads weights otherwise calls ``settle`` first. All processes call the same modules in the same order.
+
+        Args:
+            modules: in the order of their calls, with what names of the parameters begin with that must be in then.
+        """
+        for module, prefixes in modules.items():
+            names = {name for name in self._parameters if name.startswith(prefixes)}
+            self._waited_for |= names
+            module.register_forward_pre_hook(lambda *_, names=names: self.settle(names))
 
     def publish(self) -> None:
-        """Sends the new weights of what had a gradient to all processes of the group, and waits until they are in."""
+        """Sends the new weights of what had a gradient to all processes of the group, and waits until those are in that
+        no module waits for (``deliver``)."""
         self._send_weights(self._expected)
+        self.settle(self._parameters.keys() - self._waited_for)
+
+    @torch.no_grad()
+    def settle(self, names: Collection[str] | None = None) -> None:
+        """Waits until the new weights of these parameters, or of all, are in. Does nothing where they are."""
+        names = self._last if names is None else names
+        needed = max((self._last.get(name, 0) for name in names), default=0)
+        while self._received < needed:
+            self._send_some()
+            self._receive()
+            self._received += 1
+        self._send_some()
 
     @torch.no_grad()
     def _send_weights(self, names: Container[str]) -> None:
-        pending: deque[tuple[dist.Work | None, int, _Parts, Tensor]] = deque()
-        for parts in self._shipments(names):
-            owner = parts[0][1].owner
-            if owner == self._rank:
+        """Makes what is to be sent, and begins to."""
+        self.settle()
+        self._shipments, self._received = list(self._split(names)), 0
+        self._last = {name: index + 1 for index, parts in enumerate(self._shipments) for name, _ in parts}
+        for parts in self._shipments:
+            if parts[0][1].owner == self._rank:
                 self._make(parts)
-            if self._size == 1:
-                self._written(parts)
+        self._send_some()
+
+    def _split(self, names: Container[str]) -> Iterator[_Parts]:
+        """What travels together: of a bucket, an owner and a dtype, in the order of the forward pass, but first what
+        no module waits for."""
+        for later in (False, True):
+            for bucket in reversed(self._buckets):
+                now = [name for name in bucket if name in names and (name in self._waited_for) is later]
+                pieces = [(name, piece) for name in now for piece in self._pieces[name]]
+                for owner in range(self._size):
+                    mine = [(name, piece) for name, piece in pieces if piece.owner == owner]
+                    for held in (False, True):
+                        if parts := [(name, piece) for name, piece in mine if (name in self.held) is held]:
+                            yield parts
+
+    def _send_some(self) -> None:
+        """Begins with as many shipments as there are buffers."""
+        sent = self._received + len(self._coming)
+        for parts in self._shipments[sent : self._received + IN_FLIGHT]:
+            owner = parts[0][1].owner
+            weights = [self._copy(name, piece).flatten() for name, piece in parts] if self._size > 1 else []
+            if not weights:
+                self._coming.append((None, torch.empty(0)))
                 continue
-            weights = [self._copy(name, piece).flatten() for name, piece in parts]
             # To be received it is empty; what is in it then does not matter.
             flat = torch.cat(weights) if owner == self._rank else weights[0].new_empty(sum(map(len, weights)))
             if owner == self._rank:
                 self.sent["weights"] += flat.numel() * flat.element_size() * (self._size - 1)
             work = dist.broadcast(flat, group_src=owner, group=self._group, async_op=True)
-            pending.append((work, owner, parts, flat))
-            if len(pending) > IN_FLIGHT:
-                self._receive(*pending.popleft())
-        while pending:
-            self._receive(*pending.popleft())
-
-    def _shipments(self, names: Container[str]) -> Iterator[_Parts]:
-        """What travels together: of a bucket, an owner and a dtype, in the order of the forward pass."""
-        for bucket in reversed(self._buckets):
-            pieces = [(name, piece) for name in bucket if name in names for piece in self._pieces[name]]
-            for owner in range(self._size):
-                mine = [(name, piece) for name, piece in pieces if piece.owner == owner]
-                for held in (False, True):
-                    if parts := [(name, piece) for name, piece in mine if (name in self.held) is held]:
-                        yield parts
+            self._coming.append((work, flat))
 
     def _make(self, parts: _Parts) -> None:
         """What the model has of this process's own parts, where it does not share their memory."""
@@ -252,10 +296,12 @@ class Exchange:
         held = self.held[name].held if name in self.held else None
         return _part(self._parameters[name].detach() if held is None else held, piece)
 
-    def _receive(self, work: dist.Work | None, owner: int, parts: _Parts, flat: Tensor) -> None:
-        assert work is not None
-        work.wait()
-        if owner != self._rank:
+    def _receive(self) -> None:
+        """The shipment that comes next."""
+        parts, (work, flat) = self._shipments[self._received], self._coming.popleft()
+        if work is not None:
+            work.wait()
+        if work is not None and parts[0][1].owner != self._rank:
             start = 0
             for name, piece in parts:
                 weights = self._copy(name, piece)

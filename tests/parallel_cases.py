@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from model_cases import random_config, random_model
 from process_cases import run_processes
 from run_cases import plan
@@ -133,6 +134,8 @@ def run(case: Case, processes: Alone, together: int = 1) -> dict[str, Tensor]:
         found = over_processes(reports[0].statistics, processes)
         result["maxima"] = torch.tensor([value for name, value in found.items() if name.startswith(MAXIMA)])
     if processes.world > 1:
+        for exchange in processes.exchanges:
+            exchange.settle()
         sent = [each.sent for each in (*processes.dispatchers, *processes.exchanges)]
         for kind in ("tokens", "results", "gradients", "weights"):
             result[f"sent.{kind}"] = torch.tensor(sum(each.get(kind, 0) for each in sent))
@@ -181,3 +184,74 @@ def run_all(cases: Sequence[Case]) -> dict[str, dict[str, Tensor]]:
         )
         results[case.name] = run(case, Together(config, case.seed, torch.device("cpu")))
     return results
+
+
+@dataclass
+class Arrivals:
+    """What one process has seen of new weights: names of parameters whose weights were not yet new, when the step was
+    over, and of each block's own, when the block was called; how many broadcasts had begun, at the same moments; and
+    the losses of all steps."""
+
+    after_step: set[str]
+    at_call: dict[str, set[str]]
+    begun: list[int]
+    losses: list[float]
+
+
+def arrivals(case: Case, at_once: bool) -> Arrivals:
+    """In a process of a world: three steps, and the call of the fourth; ``at_once`` waits for weights in each step."""
+    parallel = ParallelConfig(expert=case.expert, gradients=case.gradients, bucket_mb=0.02)
+    processes = Together(parallel, case.seed, torch.device("cpu"))
+    model = random_model(case.config, case.seed)
+    model.recompute = case.recompute  # type: ignore[assignment]
+    processes.spread(model)
+    precision = PrecisionConfig(case.compute, case.streams)  # type: ignore[arg-type]
+    apply_precision(model, precision)
+    optimizers = processes.optimizers(model, OptimConfig())
+    processes.set_precision(model, precision)
+    now = plan(sequence_length=case.length, rows=case.rows)
+    generator = torch.Generator().manual_seed(case.seed)
+    losses = []
+    for step in range(3):
+        tokens = torch.randint(0, case.config.vocab_size, (case.rows, case.length), generator=generator)
+        mine = tokens[processes.rank :: processes.world]
+        batch = Batch(mine, torch.zeros_like(mine), ((),) * len(mine))
+        processes.steps = step
+        batches = split_batch(batch, case.length, torch.device("cpu"))
+        losses.append(float(training_step(model, optimizers, batches, now, 1.0, False, processes).loss))
+        if at_once:
+            for exchange in processes.exchanges:
+                exchange.settle()
+
+    def copies() -> dict[str, Tensor]:
+        """Whatever has come so far, without waiting for more."""
+        held = {name: maker.held for exchange in processes.exchanges for name, maker in exchange.held.items()}
+        here = {name: held.get(name) for name, _ in model.named_parameters()}
+        return {
+            name: (p if here[name] is None else here[name]).detach().clone() for name, p in model.named_parameters()
+        }
+
+    seen, begun = [copies()], [0]
+    broadcast = dist.broadcast
+
+    def counted(*arguments: Any, **more: Any) -> Any:
+        begun[-1] += 1
+        return broadcast(*arguments, **more)
+
+    def called(*_: object) -> None:
+        seen.append(copies())
+        begun.append(0)
+
+    blocks = {f"layers.{index}": block for index, block in enumerate(model.layers)} | {"mtp.0": model.mtp[0]}
+    for block in blocks.values():
+        block.register_forward_pre_hook(called)  # after those of the exchange
+    dist.broadcast = counted
+    try:
+        with torch.no_grad():
+            model.run(tokens[:1])
+    finally:
+        dist.broadcast = broadcast
+    final = {name: tensor.clone() for name, tensor in processes.copies(model)}
+    old = [{name for name, tensor in each.items() if not torch.equal(tensor, final[name])} for each in seen]
+    at_call = {name: {n for n in each if n.startswith(f"{name}.")} for name, each in zip(blocks, old[1:], strict=True)}
+    return Arrivals(old[0], at_call, begun, losses)

@@ -303,6 +303,7 @@ class Together(Alone):
     def set_precision(self, model: Transformer, config: PrecisionConfig, compute: Compute | None = None) -> None:
         wanted = config, compute or config.compute
         if wanted == self._precision:  # float32 weights need not travel
+            self._settle()
             return
         self._release()
         apply_precision(model, config, compute)
@@ -312,10 +313,14 @@ class Together(Alone):
     @contextmanager
     def whole(self, model: Transformer) -> Iterator[None]:
         held = any(exchange.held for exchange in self.exchanges)
-        self._release()
+        self._release()  # after which all weights are in
         yield
         if held:
             self._hold(model)
+
+    def _settle(self) -> None:
+        for exchange in self.exchanges:
+            exchange.settle()
 
     def _hold(self, model: Transformer) -> None:
         makers = held_values(model)
@@ -327,6 +332,7 @@ class Together(Alone):
             exchange.release()
 
     def copies(self, model: Transformer) -> Iterator[tuple[str, Tensor]]:
+        self._settle()
         held = {name: maker.held for exchange in self.exchanges for name, maker in exchange.held.items()}
         for name, tensor in super().copies(model):
             values = held.get(name)
@@ -335,6 +341,7 @@ class Together(Alone):
     def snapshot(
         self, model: Transformer, optimizers: Optimizers, state: TrainState, adapter: tuple[LoRAConfig, str] | None
     ) -> Snapshot:
+        self._settle()
         held = self.held(model, optimizers)
         numbers = {name: found for name, found in held.items() if found is not None}
         written = {name: p.detach() for name, p in optimizers.parameters.items() if self._writes(name)}
@@ -386,6 +393,8 @@ class Together(Alone):
         ]
         owned = {name: shard.parameter for exchange in self.exchanges for name, shard in exchange.shards.items()}
         known = {name: rows for name, rows in splits.items() if name in owned}
+        for exchange in self.exchanges:
+            exchange.deliver(_callers(model))
         optimizers = build_optimizers(owned.items(), known, config, self.exchanges, self.total)
         self._client = _client_of(model)
         self._engine = _engine(self._deepspeed, model, self._client, {"stage": 0})
@@ -427,6 +436,14 @@ def _numbers(model: Transformer, name: str, first: int, parameter: Parameter) ->
         return None
     first += first_expert(model.get_submodule(f"{owner}.experts"))
     return range(first, first + len(parameter))
+
+
+def _callers(model: Transformer) -> dict[nn.Module, tuple[str, ...]]:
+    """Blocks, and with what begin the names of the parameters that must be there when they are called: the last layer
+    answers for the MTP blocks too, parts of which are not called by their block."""
+    *layers, last = model.layers
+    prefixes: dict[nn.Module, tuple[str, ...]] = {block: (f"layers.{i}.",) for i, block in enumerate(layers)}
+    return prefixes | {last: (f"layers.{len(layers)}.", "mtp.")}
 
 
 def item_of(name: str, parameter: Parameter, splits: Mapping[str, tuple[int, ...]], config: OptimConfig) -> Item:
