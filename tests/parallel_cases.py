@@ -198,8 +198,13 @@ class Arrivals:
     losses: list[float]
 
 
+def all_arrivals(cases: Sequence[Case]) -> dict[str, tuple[Arrivals, Arrivals]]:
+    """In a process of a world: by case, what it saw; then what it saw where every step waited for all weights."""
+    return {case.name: (arrivals(case, at_once=False), arrivals(case, at_once=True)) for case in cases}
+
+
 def arrivals(case: Case, at_once: bool) -> Arrivals:
-    """In a process of a world: three steps, and the call of the fourth; ``at_once`` waits for weights in each step."""
+    """Three steps, and the forward pass of a fourth."""
     parallel = ParallelConfig(expert=case.expert, gradients=case.gradients, bucket_mb=0.02)
     processes = Together(parallel, case.seed, torch.device("cpu"))
     model = random_model(case.config, case.seed)

@@ -15,10 +15,14 @@ CASES = [
 ]
 
 
+@pytest.fixture(scope="module")
+def ranks() -> list[dict[str, tuple[Arrivals, Arrivals]]]:
+    return run_processes("parallel_cases:all_arrivals", 2, CASES)
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_each_layer_waits_for_its_own_weights(case: Case) -> None:
-    both: list[list[Arrivals]] = [run_processes("parallel_cases:arrivals", 2, case, once) for once in (False, True)]
-    for found, plain in zip(*both, strict=True):
+def test_each_layer_waits_for_its_own_weights(case: Case, ranks: list[dict[str, tuple[Arrivals, Arrivals]]]) -> None:
+    for found, plain in (rank[case.name] for rank in ranks):
         assert found.losses == plain.losses  # to the bit
         assert found.after_step and all(name.startswith(("layers.", "mtp.")) for name in found.after_step)
         assert not any(found.at_call.values())
