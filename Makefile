@@ -74,8 +74,9 @@ slurm:
 test: .venv/.dev browser slurm
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist loadgroup -m "not slow and not gpu"
 
+# Two at a time, whatever the machine: most of them wait for processes of their own.
 test-all: test
-	$(BIN)/pytest -m "slow and not gpu"
+	$(BIN)/pytest -n 2 --dist loadgroup -m "slow and not gpu"
 
 # mypy and pyright see the repository under its import name through .ns/openv4 -> ..
 check: .venv/.dev
