@@ -247,8 +247,7 @@ class Exchange:
 
     @torch.no_grad()
     def _send_weights(self, names: Container[str]) -> None:
-        """Makes what is to be sent, and begins to."""
-        self.settle()
+        """Makes what is to be sent, and begins to, once all that was sent before is in."""
         self._shipments, self._received = list(self._split(names)), 0
         self._last = {name: index + 1 for index, parts in enumerate(self._shipments) for name, _ in parts}
         for parts in self._shipments:
@@ -301,7 +300,7 @@ class Exchange:
         parts, (work, flat) = self._shipments[self._received], self._coming.popleft()
         if work is not None:
             work.wait()
-        if work is not None and parts[0][1].owner != self._rank:
+        if parts[0][1].owner != self._rank:
             start = 0
             for name, piece in parts:
                 weights = self._copy(name, piece)

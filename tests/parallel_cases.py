@@ -134,8 +134,7 @@ def run(case: Case, processes: Alone, together: int = 1) -> dict[str, Tensor]:
         found = over_processes(reports[0].statistics, processes)
         result["maxima"] = torch.tensor([value for name, value in found.items() if name.startswith(MAXIMA)])
     if processes.world > 1:
-        for exchange in processes.exchanges:
-            exchange.settle()
+        processes.settle()
         sent = [each.sent for each in (*processes.dispatchers, *processes.exchanges)]
         for kind in ("tokens", "results", "gradients", "weights"):
             result[f"sent.{kind}"] = torch.tensor(sum(each.get(kind, 0) for each in sent))
@@ -179,11 +178,16 @@ def run_all(cases: Sequence[Case]) -> dict[str, dict[str, Tensor]]:
     torch.use_deterministic_algorithms(True)
     results = {}
     for case in cases:
-        config = ParallelConfig(
-            expert=case.expert, context=case.context, gradients=case.gradients, bucket_mb=0.02, zero=case.zero
-        )
-        results[case.name] = run(case, Together(config, case.seed, torch.device("cpu")))
+        results[case.name] = run(case, joined(case))
     return results
+
+
+def joined(case: Case) -> Together:
+    """This process of a world, as the case spreads the model over it."""
+    config = ParallelConfig(
+        expert=case.expert, context=case.context, gradients=case.gradients, bucket_mb=0.02, zero=case.zero
+    )
+    return Together(config, case.seed, torch.device("cpu"))
 
 
 @dataclass
@@ -205,8 +209,7 @@ def all_arrivals(cases: Sequence[Case]) -> dict[str, tuple[Arrivals, Arrivals]]:
 
 def arrivals(case: Case, at_once: bool) -> Arrivals:
     """Three steps, and the forward pass of a fourth."""
-    parallel = ParallelConfig(expert=case.expert, gradients=case.gradients, bucket_mb=0.02)
-    processes = Together(parallel, case.seed, torch.device("cpu"))
+    processes = joined(case)
     model = random_model(case.config, case.seed)
     model.recompute = case.recompute  # type: ignore[assignment]
     processes.spread(model)
@@ -225,8 +228,7 @@ def arrivals(case: Case, at_once: bool) -> Arrivals:
         batches = split_batch(batch, case.length, torch.device("cpu"))
         losses.append(float(training_step(model, optimizers, batches, now, 1.0, False, processes).loss))
         if at_once:
-            for exchange in processes.exchanges:
-                exchange.settle()
+            processes.settle()
 
     def copies() -> dict[str, Tensor]:
         """Whatever has come so far, without waiting for more."""

@@ -162,6 +162,11 @@ class Alone:
         """What this process writes of a checkpoint; ``adapter`` as for ``whole_snapshot``."""
         return whole_snapshot(model, optimizers, state, adapter)
 
+    def settle(self) -> None:
+        """Waits until all new weights are in; forward passes need not, but whatever else reads weights must."""
+        for exchange in self.exchanges:
+            exchange.settle()
+
     def close(self, error: object) -> None:
         """Parts from the other processes; after an error without waiting for them."""
 
@@ -303,7 +308,7 @@ class Together(Alone):
     def set_precision(self, model: Transformer, config: PrecisionConfig, compute: Compute | None = None) -> None:
         wanted = config, compute or config.compute
         if wanted == self._precision:  # float32 weights need not travel
-            self._settle()
+            self.settle()
             return
         self._release()
         apply_precision(model, config, compute)
@@ -318,10 +323,6 @@ class Together(Alone):
         if held:
             self._hold(model)
 
-    def _settle(self) -> None:
-        for exchange in self.exchanges:
-            exchange.settle()
-
     def _hold(self, model: Transformer) -> None:
         makers = held_values(model)
         for exchange in self.exchanges:
@@ -332,7 +333,7 @@ class Together(Alone):
             exchange.release()
 
     def copies(self, model: Transformer) -> Iterator[tuple[str, Tensor]]:
-        self._settle()
+        self.settle()
         held = {name: maker.held for exchange in self.exchanges for name, maker in exchange.held.items()}
         for name, tensor in super().copies(model):
             values = held.get(name)
@@ -341,7 +342,7 @@ class Together(Alone):
     def snapshot(
         self, model: Transformer, optimizers: Optimizers, state: TrainState, adapter: tuple[LoRAConfig, str] | None
     ) -> Snapshot:
-        self._settle()
+        self.settle()
         held = self.held(model, optimizers)
         numbers = {name: found for name, found in held.items() if found is not None}
         written = {name: p.detach() for name, p in optimizers.parameters.items() if self._writes(name)}
